@@ -1,0 +1,43 @@
+"""`SpotArguments`: the callback's options for `HfArgumentParser`, so that one YAML line turns it on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainerCallback
+
+from hf_spot.callback import SpotCallback
+
+
+@dataclass
+class SpotArguments:
+    """Flat, with the names of `SpotCallback` behind `spot_`. Without a remote nothing is added."""
+
+    spot_remote: str | None = field(
+        default=None, metadata={"help": "URL of the run's folder, s3://bucket/my-run; turns preemption safety on"}
+    )
+    spot_local: str | None = field(default=None, metadata={"help": "Folder on the fastest disk of this instance"})
+    spot_interval_s: float | None = field(
+        default=None, metadata={"help": "Seconds of training between checkpoints; adapted to the preemptions if unset"}
+    )
+    spot_keep_local: int = field(default=2, metadata={"help": "Checkpoints kept on this instance"})
+    spot_keep_remote: int = field(default=2, metadata={"help": "Checkpoints kept on the remote"})
+    spot_grace_s: float = field(default=25.0, metadata={"help": "Seconds between SIGTERM and the kill"})
+    spot_preempt_exit_code: int = field(default=75, metadata={"help": "Exit code of a preempted run"})
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What to pass as `Trainer(callbacks=…)`: the callback if a remote is set here or in SPOT_REMOTE."""
+        if self.spot_remote is None and not os.environ.get("SPOT_REMOTE"):
+            return []
+        return [
+            SpotCallback(
+                self.spot_remote,
+                local=self.spot_local,
+                interval_s=self.spot_interval_s,
+                keep_local=self.spot_keep_local,
+                keep_remote=self.spot_keep_remote,
+                grace_s=self.spot_grace_s,
+                preempt_exit_code=self.spot_preempt_exit_code,
+            )
+        ]

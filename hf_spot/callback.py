@@ -1,0 +1,234 @@
+"""`SpotCallback`: tells the session where the Trainer's steps begin and end. Holds no policy and no storage.
+
+Order inside a step (transformers 5): fetch every micro-batch, on_step_begin, forward and backward,
+on_pre_optimizer_step, optimizer, scheduler, global_step + 1, on_step_end, log, evaluate, save. A checkpoint is taken
+in on_step_end. Where the step still has to be evaluated or ends its epoch, it is deferred until that is done, so
+that a resume neither repeats nor skips it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_spot import resume
+from hf_spot.state import LiveState
+from spot_core.config import SpotConfig
+from spot_core.data.position import DataPosition
+from spot_core.errors import ConfigError
+from spot_core.session import Capture, Session
+from spot_core.snapshot import rng
+
+logger = logging.getLogger(__name__)
+
+
+class SpotCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes `trainer.train()` survive preemption: add it to `callbacks`, run the same command again.
+
+    remote: URL of the run's folder on storage that outlives the instance, `s3://bucket/my-run` (any fsspec URL, or
+        a path); the last component names the run. May come from SPOT_REMOTE.
+    local: folder on this instance's fastest disk. Default: SPOT_LOCAL, a known NVMe mount, `.spot` in output_dir.
+    interval_s: seconds of training between checkpoints; adapted to cost and observed preemptions if None.
+    keep_local, keep_remote: checkpoints kept on each tier. grace_s: seconds from SIGTERM to the kill.
+    preempt_exit_code: how a preempted run exits. storage_options: for the remote's fsspec file system.
+
+    `train(resume_from_checkpoint=False)` starts afresh, an explicit path wins over what is stored.
+    Every option can be set by the environment, SPOT_<OPTION>, which wins. Raises ConfigError on a bad option.
+    """
+
+    def __init__(
+        self,
+        remote: str | None = None,
+        *,
+        local: str | None = None,
+        interval_s: float | None = None,
+        keep_local: int = 2,
+        keep_remote: int = 2,
+        grace_s: float = 25.0,
+        preempt_exit_code: int = 75,
+        start_timeout_s: float = 60.0,
+        drain_timeout_s: float = 600.0,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._options = {
+            "remote": remote,
+            "local": local,
+            "interval_s": interval_s,
+            "keep_local": keep_local,
+            "keep_remote": keep_remote,
+            "grace_s": grace_s,
+            "preempt_exit_code": preempt_exit_code,
+            "start_timeout_s": start_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "storage_options": storage_options,
+        }
+        self.config(output_dir=".")  # a bad option is an error here, not hours later
+        self._session: Session | None = None
+        self._trainer: Trainer | None = None
+        self._restored: resume.Restored | None = None
+        resume.install()
+
+    def config(self, output_dir: str) -> SpotConfig:
+        """The configuration with the environment applied."""
+        return SpotConfig.resolve(self._options, fallback_local=f"{output_dir}/.spot")
+
+    # -- called by the wrapped Trainer.train ---------------------------------------------------------------
+
+    def attach(self, trainer: Trainer, session: Session, restored: resume.Restored | None) -> None:
+        """A `train()` call begins. restored: what the Trainer is about to load, if it is one of ours."""
+        self._trainer, self._session, self._restored = trainer, session, restored
+        self._live: LiveState | None = None
+        self._data = DataPosition()
+        self._consumed = 0  # micro-batches of this epoch
+        self._is_deferred = False
+        self._has_new_best = False
+
+    def detach(self, error: BaseException | None) -> None:
+        """The `train()` call is over."""
+        session, self._session, self._trainer, self._live = self._session, None, None, None
+        if session is not None:
+            session.close(error)
+
+    # -- the Trainer's hooks -------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        session, trainer = self._session, self._trainer
+        if session is None or trainer is None:
+            if state.is_hyper_param_search:
+                return  # trials are short and many: they are not runs
+            raise ConfigError(
+                "SpotCallback was not told that training starts: this Trainer's train() does not call "
+                "transformers.Trainer.train. Call that, or remove the callback."
+            )
+        live = LiveState(trainer)
+        restored = self._restored
+        if restored is not None:
+            live.check_loaded(restored.view)
+            live.restore(restored.own, dict(state.stateful_callbacks))
+            restored.discard_view()
+        if session.is_finished(state.max_steps):
+            if state.global_step < state.max_steps:
+                raise resume.AlreadyFinished  # stopped early, on purpose: the Trainer would train on
+            self._session = None
+            return
+        self._data.track(kwargs.get("train_dataloader"))
+        session.begin(notes=self._notes(args))
+        self._live = live
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._live is None:
+            return
+        data = self._restored.own["data"] if self._restored is not None else None
+        self._consumed = 0
+        if data is not None and data.batches == 0:
+            rng.restore(data.step)  # before the iterator is made: its own draw belongs to the stream
+        if self._is_deferred:
+            self._boundary(state)
+        self._data.epoch_begins(is_first=int(state.epoch or 0) == 0)
+        if data is not None and data.batches > 0 and not args.ignore_data_skip:
+            self._consumed = data.batches
+            self._data.resume(data, skips_here=False)  # the Trainer drops what was consumed, by index
+        self._restored = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._live is None or self._session is None:
+            return
+        self._data.settle()
+        self._session.step_started()
+        if self._is_deferred:
+            self._boundary(state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._consumed += 1
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._live is not None and self._session is not None:
+            self._session.before_optimizer_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._live is None or self._session is None:
+            return
+        self._consumed += 1
+        self._data.mark_boundary(self._consumed)
+        self._session.step_completed(state.global_step)
+        is_last_of_epoch = float(state.epoch or 0.0).is_integer()
+        ends = is_last_of_epoch or control.should_epoch_stop or control.should_training_stop
+        if control.should_evaluate or control.should_save:
+            self._session.pause()
+        self._is_deferred = control.should_evaluate or control.should_save or ends
+        if not self._is_deferred:
+            self._boundary(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The best model lives in output_dir, which dies with the instance: commit this very step.
+        self._has_new_best = args.load_best_model_at_end and state.best_global_step == state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The Trainer's last log comes after the last step and before the best model replaces the final one: the
+        # only hook there is in between.
+        if self._live is not None and self._session is not None and "train_runtime" in (kwargs.get("logs") or {}):
+            self._session.finish(lambda: self._capture(state))
+            self._live = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._session is not None:
+            self._session.wait_drained()
+
+    # -- capture -------------------------------------------------------------------------------------------
+
+    def _boundary(self, state: TrainerState) -> None:
+        assert self._session is not None
+        self._is_deferred = False
+        is_required, self._has_new_best = self._has_new_best, False
+        self._session.at_boundary(lambda: self._capture(state), is_required=is_required)
+
+    def _capture(self, state: TrainerState) -> Capture:
+        assert self._live is not None and self._trainer is not None
+        native = f"checkpoint-{state.global_step}"
+        is_epoch_boundary = float(state.epoch or 0.0).is_integer()
+        data = self._data.state(0 if is_epoch_boundary else self._consumed, rng.capture())
+        best = state.best_global_step if self._trainer.args.load_best_model_at_end else None
+        return Capture(
+            step=state.global_step,
+            epoch=float(state.epoch or 0.0),
+            native=native,
+            files=self._live.files(state, native, data),
+            max_steps=state.max_steps,
+            notes=self._notes(self._trainer.args),
+            pinned_step=best if state.best_model_checkpoint else None,
+        )
+
+    def _notes(self, args: TrainingArguments) -> tuple[str, ...]:
+        notes = []
+        if args.ignore_data_skip:
+            notes.append("ignore_data_skip=True restarts the epoch's data")
+        if not self._data.is_tracking:
+            notes.append("the data is a stream or has its own batch sampler: exact only if its order is fixed")
+        return tuple(notes)
+
+
+def versions() -> dict[str, str]:
+    """Library versions that may change the arithmetic."""
+    return {"transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def device_of(trainer: Trainer) -> torch.device:
+    return torch.device(trainer.args.device)

@@ -1,0 +1,59 @@
+"""What makes two lives of a Trainer script the same run, and which Trainers cannot be captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from hf_spot.weights import is_peft
+from spot_core.errors import ConfigError
+from spot_core.snapshot import fingerprint
+from spot_core.store.identity import RunIdentity
+
+FRAMEWORK = "transformers"
+
+
+def check_supported(trainer: Trainer) -> None:
+    """Refuse at start what could not be resumed exactly. Raises ConfigError."""
+    args = trainer.args
+    refusals = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        f"training in {args.world_size} processes": args.world_size > 1,
+        "auto_find_batch_size=True (it changes the data order)": args.auto_find_batch_size,
+    }
+    for what, is_used in refusals.items():
+        if is_used:
+            raise ConfigError(
+                f"hf_spot cannot capture {what} yet, so it refuses to start rather than fail to resume. "
+                "Remove the callback to train without it; nothing was written."
+            )
+
+
+def run_identity(trainer: Trainer) -> tuple[RunIdentity, str | None]:
+    """The run's identity, and the fingerprint of its frozen base if it has one."""
+    args, model = trainer.args, trainer.model
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    base = fingerprint.of_tensors(frozen) if frozen and is_peft(model) else None
+    facts: dict[str, str | int] = {
+        "model": type(model.get_base_model() if is_peft(model) else model).__name__,
+        "trained tensors": f"{len(trained)} tensors, shapes {fingerprint.of_shapes(trained)[:12]}",
+        "batch size per device": args.per_device_train_batch_size,
+        "gradient accumulation steps": args.gradient_accumulation_steps,
+        "world size": args.world_size,
+        "training samples": _samples(trainer.train_dataset),
+        "data seed": args.seed if args.data_seed is None else args.data_seed,
+        "sampling strategy": str(args.train_sampling_strategy),
+    }
+    if base is not None:
+        facts["frozen base weights"] = f"fingerprint {base}"
+    return RunIdentity(FRAMEWORK, facts), base
+
+
+def _samples(dataset: Any) -> int | str:
+    try:
+        return len(dataset)
+    except TypeError:
+        return "a stream"

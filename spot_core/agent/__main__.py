@@ -1,0 +1,160 @@
+"""Entry point of the agent process: one JSON request on standard input, events on standard output until opened.
+
+The request comes on standard input, never in arguments or the environment: storage options may hold secrets.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import psutil
+
+from spot_core.agent import opening
+from spot_core.agent.drain import Drain
+from spot_core.agent.journal import Journal
+from spot_core.agent.process import Agent
+from spot_core.errors import ConfigError, SpotError
+from spot_core.store.identity import RunIdentity
+from spot_core.store.posix import PosixTier
+from spot_core.store.tier import open_tier
+
+
+class _EventHandler(logging.Handler):
+    """Relays warnings to the trainer until the run is open: they belong on the user's screen."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(logging.WARNING)
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _send(self._stream, event="log", level=record.levelno, message=record.getMessage())
+
+
+def _send(stream: TextIO, **event: Any) -> None:
+    try:
+        stream.write(json.dumps(event) + "\n")
+        stream.flush()
+    except (OSError, ValueError):
+        pass  # the trainer is gone; the main loop notices
+
+
+def main() -> int:
+    stream = sys.stdout
+    request = json.loads(sys.stdin.readline())
+    relay = _EventHandler(stream)
+    logging.getLogger("spot_core").addHandler(relay)
+    try:
+        agent = _open(request, stream)
+    except SpotError as error:
+        _send(stream, event="error", kind=type(error).__name__, message=_message(error))
+        return 1
+    except Exception as error:
+        _send(stream, event="error", kind="AgentError", message=f"{type(error).__name__}: {error}")
+        raise
+    if agent is None:
+        return 0
+    logging.getLogger("spot_core").removeHandler(relay)
+    return agent.run()
+
+
+def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
+    """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
+    local = PosixTier(request["local"])
+    remote = open_tier(request["remote"], request["storage_options"])
+    identity = RunIdentity(request["framework"], request["facts"])
+    trainer = _trainer(request["trainer_pid"], request["trainer_created"])
+
+    def on_progress(done: int, total: int) -> None:
+        _send(stream, event="progress", done=done, total=total)
+
+    number = request["incarnation"]
+    resumed_step = 0
+    if number is None:
+        opened = opening.open_run(
+            local,
+            remote,
+            identity,
+            is_resumed=request["resume"],
+            started=request["started"],
+            timeout_s=request["start_timeout_s"],
+            on_progress=on_progress,
+        )
+        restored = opened.restored
+        number, resumed_step = opened.incarnation, restored.manifest.step if restored else 0
+        _send(
+            stream,
+            event="opened",
+            incarnation=number,
+            restored=str(restored.manifest.name) if restored else None,
+            source=restored.source if restored else None,
+            pin=str(opened.pin) if opened.pin else None,
+            lives=[asdict(life) for life in opened.lives],
+            max_steps=opened.max_steps,
+        )
+    else:
+        _send(stream, event="opened", incarnation=number)
+    if number is None:
+        if not sys.stdin.readline():
+            return None
+        number = opening.claim(
+            local, remote, identity, started=request["started"], timeout_s=request["start_timeout_s"]
+        )
+        _send(stream, event="claimed", incarnation=number)
+    _detach(Journal(local.root, number), request["log_level"])
+    drain = Drain(
+        local, remote, incarnation=number, keep_local=request["keep_local"], keep_remote=request["keep_remote"]
+    )
+    return Agent(
+        local,
+        remote,
+        drain,
+        number=number,
+        started=request["started"],
+        resumed_step=resumed_step,
+        is_trainer_alive=lambda: _is_alive(trainer),
+    )
+
+
+def _trainer(pid: int, created: float) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        return process if abs(process.create_time() - created) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_alive(trainer: psutil.Process | None) -> bool:
+    try:
+        return trainer is not None and trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _detach(journal: Journal, level: int) -> None:
+    """Let go of the trainer's pipes and terminal: the agent outlives both."""
+    journal.log_path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(journal.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor, target in ((0, null), (1, log), (2, log)):
+        os.dup2(target, descriptor)
+    handler = logging.FileHandler(journal.log_path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("spot_core").addHandler(handler)
+    logging.getLogger("spot_core").setLevel(level)
+
+
+def _message(error: SpotError) -> str:
+    if isinstance(error, ConfigError) or not isinstance(error, OSError):
+        return str(error)
+    return error.strerror or str(error)
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The trainer's side of the agent: start it, wait until the run is open, restart it if it dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from tqdm import tqdm
+
+from spot_core import errors
+from spot_core.agent.lives import Life
+from spot_core.config import SpotConfig
+from spot_core.errors import AgentError, SpotError
+from spot_core.store.identity import RunIdentity
+from spot_core.store.layout import CheckpointName
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRun:
+    """What the agent found. incarnation is None for a finished run, which was to last max_steps; restored is on the
+    local tier, verified."""
+
+    incarnation: int | None
+    restored: CheckpointName | None
+    source: str | None
+    pin: CheckpointName | None
+    lives: list[Life]
+    max_steps: int | None
+
+
+class AgentClient:
+    """Owns the agent process of one life. Used by the trainer's main thread at start, its writer thread later."""
+
+    def __init__(self, config: SpotConfig, identity: RunIdentity) -> None:
+        assert config.local is not None
+        self._config = config
+        self._identity = identity
+        self._started = time.time()
+        self._process: subprocess.Popen[str] | None = None
+        self.incarnation: int | None = None
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder on the local tier."""
+        return Path(str(self._config.local)) / self._config.run
+
+    def open(self) -> OpenedRun:
+        """Start the agent and wait until it has opened the run; shows a progress bar while it restores.
+
+        Raises what the agent raised: ConfigError, TierError, TierDeniedError, CorruptCheckpointError, AgentError.
+        """
+        event = self._start(None)
+        self.incarnation = event["incarnation"]
+        return OpenedRun(
+            incarnation=event["incarnation"],
+            restored=CheckpointName.parse(event["restored"] or ""),
+            source=event["source"],
+            pin=CheckpointName.parse(event["pin"] or ""),
+            lives=[Life(**life) for life in event["lives"]],
+            max_steps=event["max_steps"],
+        )
+
+    def claim(self) -> int:
+        """Claim a life after all, for a run that looked finished."""
+        process = self._process
+        assert process is not None and process.stdin is not None
+        process.stdin.write("claim\n")
+        process.stdin.flush()
+        self.incarnation = self._await(process, "claimed")["incarnation"]
+        assert self.incarnation is not None
+        self._release(process)
+        return self.incarnation
+
+    def restart(self) -> None:
+        """Start the agent again for the same life, after it died."""
+        self._start(self.incarnation)
+
+    def exit_code(self) -> int | None:
+        """The agent's exit code, None while it runs."""
+        return self._process.poll() if self._process is not None else None
+
+    def dismiss(self) -> None:
+        """Let go of an agent that never claimed a life: closing its input ends it."""
+        if self._process is not None:
+            self._release(self._process)
+
+    def _start(self, incarnation: int | None) -> dict[str, Any]:
+        request = {
+            "local": str(self.run_folder),
+            "remote": self._config.remote,
+            "storage_options": dict(self._config.storage_options),
+            "framework": self._identity.framework,
+            "facts": dict(self._identity.facts),
+            "incarnation": incarnation,
+            "resume": self._config.resume,
+            "keep_local": self._config.keep_local,
+            "keep_remote": self._config.keep_remote,
+            "start_timeout_s": self._config.start_timeout_s,
+            "started": self._started,
+            "trainer_pid": os.getpid(),
+            "trainer_created": psutil.Process().create_time(),
+            "log_level": logging.getLogger("spot_core").getEffectiveLevel(),
+        }
+        # Its own session: a signal to the trainer's process group must not end the drain.
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-m", "spot_core.agent"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=_environment(),
+        )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died at once; waiting for its event tells why
+        event = self._await(process, "opened")
+        if event["incarnation"] is not None:
+            self._release(process)
+        return event
+
+    def _await(self, process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
+        assert process.stdout is not None
+        bar: tqdm[Any] | None = None
+        try:
+            for line in process.stdout:
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "progress":
+                    bar = bar or byte_bar("restoring", event["total"])
+                    bar.update(event["done"] - bar.n)
+                elif event["event"] == "log":
+                    logger.log(event["level"], "%s", event["message"])
+                elif event["event"] == "error":
+                    process.wait()
+                    kind = getattr(errors, event["kind"], AgentError)
+                    raise kind(event["message"]) if issubclass(kind, SpotError) else AgentError(event["message"])
+                elif event["event"] == wanted:
+                    return event
+        finally:
+            if bar is not None:
+                bar.close()
+        raise AgentError(f"the agent process ended with code {process.wait()} before the run was opened")
+
+    @staticmethod
+    def _release(process: subprocess.Popen[str]) -> None:
+        pipes: tuple[IO[str] | None, ...] = (process.stdin, process.stdout)
+        for pipe in pipes:
+            if pipe is not None:
+                pipe.close()
+
+
+def byte_bar(what: str, total: int) -> tqdm[Any]:
+    """A progress bar over bytes on standard error."""
+    return tqdm(total=total, desc=f"spot: {what}", unit="B", unit_scale=True, unit_divisor=1024, leave=True)
+
+
+def _environment() -> dict[str, str]:
+    """The trainer's environment, with the folder this package was imported from on the agent's path."""
+    here = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}

@@ -1,0 +1,138 @@
+"""Drain: bring local commits to the remote tier, newest first, and keep both tiers within their limits.
+
+One checkpoint at a time: verify the local bytes, upload, read back size and digest, and only then create the
+remote manifest. A checkpoint that another one pins (the best model) goes before it. Checkpoints that retention
+would delete at once are not uploaded: a newer one has made them worthless.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from spot_core.errors import CommitConflictError, CorruptCheckpointError
+from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import FileRecord, Manifest
+from spot_core.store.posix import PosixTier
+from spot_core.store.tier import Tier, check_record
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[CheckpointName, int, int], None]
+
+
+class Drain:
+    """The drain of one run from its local to its remote tier, on behalf of one incarnation."""
+
+    def __init__(self, local: PosixTier, remote: Tier, *, incarnation: int, keep_local: int, keep_remote: int) -> None:
+        self._local, self._remote = local, remote
+        self._incarnation = incarnation
+        self._keep_local, self._keep_remote = keep_local, keep_remote
+        self._durable: set[CheckpointName] = set(resume.names(remote))
+        self._completed: set[CheckpointName] = set(resume.completions(remote))
+        self._refused: set[CheckpointName] = set()
+        self._pins: dict[CheckpointName, CheckpointName | None] = {}
+
+    @property
+    def newest_durable(self) -> CheckpointName | None:
+        return max(self._durable, default=None)
+
+    def pending(self) -> list[CheckpointName]:
+        """Local commits worth uploading, in order of value."""
+        local = resume.names(self._local)
+        everything = set(local) | self._durable
+        worthless = set(
+            retention.superseded(
+                everything, keep=self._keep_remote, durable=self._durable, pinned=self._pinned(everything)
+            )
+        )
+        return [name for name in local if name not in self._durable | self._refused | worthless]
+
+    def step(self, on_progress: OnProgress) -> tuple[CheckpointName, float] | None:
+        """Drain the most valuable pending checkpoint; None if there is none.
+
+        Returns its name and the seconds from its local commit until it was durable. Raises FencedError, TierError.
+        """
+        pending = self.pending()
+        if not pending:
+            self._drain_completions()
+            return None
+        name = pending[0]
+        pinned = self._pin(name)
+        if pinned in pending:
+            name = pinned
+        try:
+            manifest = resume.read_manifest(self._local, name)
+            resume.verify(self._local, manifest)
+        except (CorruptCheckpointError, FileNotFoundError) as error:
+            # Never upload what would not restore. The next local commit takes its place.
+            self._refused.add(name)
+            logger.error("local checkpoint %s is damaged and is not drained: %s", name, error)
+            return self.step(on_progress)
+        self._upload(manifest, on_progress)
+        self._durable.add(name)
+        self.prune()
+        return name, time.time() - manifest.created
+
+    def _upload(self, manifest: Manifest, on_progress: OnProgress) -> None:
+        incarnation.check_fence(self._remote, self._incarnation)
+        folder, done = layout.checkpoint(manifest.name), 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            on_progress(manifest.name, done, manifest.total_bytes)
+
+        def copy(file: FileRecord) -> None:
+            path = f"{folder}/{file.path}"
+            self._remote.upload(self._local.path(path), path, on_bytes)
+            check_record(self._remote.record(path), file, f"{self._remote.url}/{folder}")
+
+        on_progress(manifest.name, 0, manifest.total_bytes)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(copy, manifest.files))
+        incarnation.check_fence(self._remote, self._incarnation)
+        try:
+            self._remote.create(layout.manifest(manifest.name), manifest.to_json())
+        except CommitConflictError:
+            # Same name, other content: only another writer of this incarnation's past can have done that.
+            self._refused.add(manifest.name)
+            raise
+
+    def _drain_completions(self) -> None:
+        ended = resume.completions(self._local)
+        for name in ended.keys() - self._completed:
+            if name in self._durable:
+                resume.mark_complete(self._remote, name, ended[name])
+                self._completed.add(name)
+
+    def prune(self) -> None:
+        """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
+        for tier, keep in ((self._remote, self._keep_remote), (self._local, self._keep_local)):
+            present = set(resume.names(tier))
+            doomed = retention.superseded(
+                present, keep=keep, durable=self._durable, pinned=self._pinned(present | self._durable)
+            )
+            retention.delete_checkpoints(tier, doomed)
+            if tier is self._remote:
+                self._durable -= set(doomed)
+
+    def _pinned(self, present: set[CheckpointName]) -> set[CheckpointName]:
+        """What the newest checkpoints refer to: a reference from any that stays keeps its target."""
+        kept = sorted(present, reverse=True)[: max(self._keep_local, self._keep_remote)]
+        return {pin for pin in map(self._pin, kept) if pin is not None}
+
+    def _pin(self, name: CheckpointName) -> CheckpointName | None:
+        if name not in self._pins:
+            for tier in (self._local, self._remote):
+                try:
+                    self._pins[name] = resume.read_manifest(tier, name).pins
+                    break
+                except (FileNotFoundError, CorruptCheckpointError):
+                    continue
+            else:
+                return None
+        return self._pins[name]

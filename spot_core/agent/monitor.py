@@ -1,0 +1,124 @@
+"""Follows the agent from the trainer: what is durable, how long drains take, fences; restarts an agent that died.
+
+One daemon thread reads the agent's status twice a second. It hands over through single assignments and a deque, so
+that the training thread never waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+from spot_core.agent.client import AgentClient, byte_bar
+from spot_core.agent.journal import AgentStatus, Journal
+from spot_core.errors import SpotError
+from spot_core.store.layout import CheckpointName
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 0.5
+_RESTART_EVERY_S = 30.0
+_WAIT_S = 0.05
+
+
+class AgentMonitor:
+    """The trainer's view of its agent.
+
+    uploads: seconds from local commit to durable, one entry a drained checkpoint, for the cadence to take.
+    fence: why this life must stop, if a newer one exists.
+    """
+
+    def __init__(self, client: AgentClient, journal: Journal) -> None:
+        self._client, self._journal = client, journal
+        self._status = AgentStatus()
+        self._counted: set[str] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="spot-monitor", daemon=True)
+        self._newest_local: CheckpointName | None = None
+        self._pending_since: float | None = None
+        self.uploads: deque[float] = deque()
+        self.fence: str | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    @property
+    def newest_durable(self) -> CheckpointName | None:
+        return CheckpointName.parse(self._status.newest_durable or "")
+
+    @property
+    def last_failure(self) -> str | None:
+        return self._status.last_failure
+
+    @property
+    def pending_s(self) -> float | None:
+        """How long the oldest commit not yet durable has waited, None if there is none."""
+        since = self._pending_since
+        return None if since is None else time.monotonic() - since
+
+    def committed(self, name: CheckpointName) -> None:
+        """Writer thread: a checkpoint was committed locally."""
+        self._newest_local = name
+        if self._pending_since is None:
+            self._pending_since = time.monotonic()
+
+    def wait_durable(self, name: CheckpointName, deadline: float) -> bool:
+        """Wait until `name` is durable on the remote, at most until `deadline` (monotonic seconds)."""
+        while True:
+            self._read()
+            if self.newest_durable is not None and self.newest_durable >= name:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_WAIT_S)
+
+    def wait_ended(self, deadline: float) -> None:
+        """Wait until the agent has drained everything and ended, with a progress bar while it uploads."""
+        bar = None
+        while self._client.exit_code() is None and time.monotonic() < deadline:
+            self._read()
+            if self._status.draining:
+                bar = bar or byte_bar("draining", self._status.total_bytes)
+                bar.total = self._status.total_bytes
+                bar.update(self._status.done_bytes - bar.n)
+            time.sleep(_WAIT_S)
+        self._read()
+        if bar is not None:
+            bar.update(max(0, self._status.total_bytes - bar.n))
+            bar.close()
+
+    def _watch(self) -> None:
+        restart_after = 0.0
+        while not self._closed.wait(_EVERY_S):
+            self._read()
+            code = self._client.exit_code()
+            if code is None or self.fence is not None or time.monotonic() < restart_after:
+                continue
+            restart_after = time.monotonic() + _RESTART_EVERY_S
+            try:
+                logger.warning("the agent ended with code %s, starting it again", code)
+                self._client.restart()
+            except (SpotError, OSError) as error:
+                logger.warning("the agent could not be started, checkpoints stay local for now: %s", error)
+
+    def _read(self) -> None:
+        status = self._journal.read_status()
+        if status is None:
+            return
+        if status.last_failure is not None and self._status.last_failure is None:
+            logger.warning("drain failed, training goes on and the drain is retried: %s", status.last_failure)
+        self._status = status
+        for name, seconds in status.drained.items():
+            if name not in self._counted:
+                self._counted.add(name)
+                self.uploads.append(seconds)
+        if status.fence is not None:
+            self.fence = status.fence
+        newest = self._newest_local
+        if newest is None or str(newest) == status.newest_durable:
+            self._pending_since = None

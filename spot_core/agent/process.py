@@ -1,0 +1,202 @@
+"""The agent's main loop: drain, watch the trainer, keep the life's record, and exit when its purpose is over.
+
+Two threads: the main one drains and writes the status; the other writes heartbeats, so that a long upload does
+not make the life look dead. SIGTERM does not stop an attached agent: a signal to the whole group must not cost the
+drain. It ends by itself once the trainer has ended and everything worth it is durable, or after `LINGER_S` of a
+remote that does not answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from spot_core.agent import lives
+from spot_core.agent.drain import Drain
+from spot_core.agent.journal import AgentStatus, Journal
+from spot_core.agent.lives import Life
+from spot_core.errors import FencedError, SpotError
+from spot_core.store import incarnation, layout
+from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
+from spot_core.store.tier import Tier
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+HEARTBEAT_S = 60.0
+LINGER_S = 900.0
+_STATUS_EVERY_S = 0.2
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+EXIT_DRAINED = 0
+EXIT_GAVE_UP = 3
+EXIT_FENCED = 4
+
+
+class Agent:
+    """The agent of one life.
+
+    is_trainer_alive: asked about ten times a second. drain: what to upload and prune.
+    """
+
+    def __init__(
+        self,
+        local: PosixTier,
+        remote: Tier,
+        drain: Drain,
+        *,
+        number: int,
+        started: float,
+        resumed_step: int,
+        is_trainer_alive: Callable[[], bool],
+    ) -> None:
+        self._local, self._remote, self._drain = local, remote, drain
+        self._is_trainer_alive = is_trainer_alive
+        self._journal = Journal(local.root, number)
+        self._status = AgentStatus(pid=os.getpid())
+        self._status_written = 0.0
+        self._reported: str | None = None
+        self._ended = threading.Event()
+        self._life = Life(
+            incarnation=number,
+            host=platform.node(),
+            boot_id=incarnation.boot_id(),
+            started=started,
+            heartbeat=started,
+            resumed_step=resumed_step,
+            step=resumed_step,
+        )
+
+    def run(self) -> int:
+        """Work until the purpose is over; returns the exit code."""
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart.start()
+        try:
+            code, outcome = self._work()
+        finally:
+            self._ended.set()
+            heart.join(timeout=5)
+        self._record(outcome)
+        self._status.is_finished = True
+        self._publish(force=True)
+        logger.info("life %d ended: %s", self._life.incarnation, outcome)
+        return code
+
+    def _work(self) -> tuple[int, str]:
+        failures, trainer_ended_at = 0, None
+        while True:
+            outcome = self._journal.read_outcome()
+            if trainer_ended_at is None and (outcome is not None or not self._is_trainer_alive()):
+                trainer_ended_at = time.monotonic()
+                # A commit made between the last look and the end must still be seen below.
+                outcome = self._journal.read_outcome()
+            try:
+                drained = self._drain_one()
+                failures = 0
+            except FencedError as error:
+                logger.warning("%s", error)
+                self._status.fence = str(error)
+                return EXIT_FENCED, outcome or (lives.FENCED if trainer_ended_at is None else lives.DIED)
+            except SpotError as error:
+                self._report(error)
+                failures += 1
+                drained = False
+            if failures == 0 and not drained and trainer_ended_at is not None:
+                return EXIT_DRAINED, outcome or lives.DIED
+            if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > LINGER_S:
+                logger.error("giving up: the remote did not answer for %.0f s after training ended", LINGER_S)
+                return EXIT_GAVE_UP, outcome or lives.DIED
+            if not drained:
+                self._wait(failures)
+
+    def _drain_one(self) -> bool:
+        result = self._drain.step(self._on_progress)
+        newest = self._drain.newest_durable
+        self._status.newest_durable = str(newest) if newest else None
+        self._status.draining = None
+        self._status.pending = len(self._drain.pending()) if result else 0
+        if result is not None:
+            name, seconds = result
+            self._status.drained[str(name)] = round(seconds, 3)
+            self._status.last_failure = self._reported = None
+            logger.info("checkpoint %s durable in %s after %.1f s", name, self._remote.url, seconds)
+        self._publish(force=result is not None)
+        return result is not None
+
+    def _wait(self, failures: int) -> None:
+        """Between looks; after a failure longer and longer, but no longer than the trainer's end is noticed."""
+        until = time.monotonic() + (_BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else POLL_S)
+        alive = self._is_trainer_alive()
+        while (now := time.monotonic()) < until:
+            time.sleep(min(POLL_S, until - now))
+            if failures and alive and not self._is_trainer_alive():
+                return
+
+    def _on_progress(self, name: CheckpointName, done: int, total: int) -> None:
+        self._status.draining, self._status.done_bytes, self._status.total_bytes = str(name), done, total
+        self._publish()
+
+    def _report(self, error: SpotError) -> None:
+        """Count every failure, log each new cause once."""
+        self._status.failures += 1
+        self._status.last_failure = str(error)
+        self._status.draining = None
+        self._status.pending = max(1, self._status.pending)
+        if type(error).__name__ != self._reported:
+            self._reported = type(error).__name__
+            logger.warning("drain failed, training goes on and the drain is retried: %s", error)
+        self._publish(force=True)
+
+    def _publish(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._status_written >= _STATUS_EVERY_S:
+            self._status_written = now
+            try:
+                self._journal.write_status(self._status)
+            except OSError as error:
+                logger.debug("status not written: %s", error)
+
+    # -- the life's record ---------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        self._record(lives.RUNNING)
+        while not self._ended.wait(HEARTBEAT_S):
+            self._record(lives.RUNNING)
+
+    def _record(self, outcome: str) -> None:
+        progress = self._journal.read_progress()
+        self._life = replace(
+            self._life,
+            heartbeat=time.time(),
+            outcome=outcome,
+            step=progress.step if progress else self._life.step,
+            useful_s=round(progress.useful_s, 3) if progress else self._life.useful_s,
+            resumed_step=progress.resumed_step if progress else self._life.resumed_step,
+            newest_durable=self._status.newest_durable,
+        )
+        for tier in (self._local, self._remote):
+            try:
+                tier.replace(layout.life(self._life.incarnation), self._life.to_json())
+            except (SpotError, OSError) as error:
+                logger.debug("heartbeat not written to %s: %s", tier.url, error)
+
+
+def drain_by_hand(drain: Drain, *, once: bool, on_drained: Callable[[CheckpointName, float], None]) -> None:
+    """`spot agent`: drain what is there, then return (`once`) or keep watching until interrupted."""
+    while True:
+        result = drain.step(lambda *_: None)
+        if result is not None:
+            on_drained(*result)
+        elif once:
+            return
+        else:
+            time.sleep(1.0)

@@ -1,0 +1,1 @@
+"""When to checkpoint: how often lives end (hazard), what a checkpoint costs, and the interval that follows."""

@@ -1,0 +1,158 @@
+"""Configuration: one frozen value, checked field by field when it is made.
+
+Precedence of every field: environment (`SPOT_<FIELD>`), then the argument, then the default. `resolve` applies
+it, so adapters never read the environment themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spot_core.errors import ConfigError
+
+ENV_PREFIX = "SPOT_"
+
+# Instance-store mounts of the images people rent, in the order tried.
+NVME_MOUNTS = (
+    "/opt/dlami/nvme",
+    "/mnt/nvme*",
+    "/mnt/localssd*",
+    "/mnt/disks/local-ssd*",
+    "/mnt/local_disk",
+    "/local_scratch",
+    "/scratch/local",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpotConfig:
+    """What a session needs to know. Every field can be set by the environment variable `SPOT_<FIELD>`.
+
+    remote: URL (any fsspec scheme, or a path) of the run's folder on storage that outlives the instance; its
+        last component names the run.
+    local: folder on the fastest disk of this instance, shared by runs. None: chosen by `resolve`.
+    interval_s: fixed seconds of useful training time between checkpoints. None: adapted.
+    keep_local, keep_remote: newest checkpoints kept on each tier.
+    grace_s: seconds between the termination signal and the kill.
+    preempt_exit_code: exit code of a preempted run; never 0 or 137.
+    resume: False starts afresh although checkpoints exist.
+    start_timeout_s: how long an unreachable remote is tried at start before giving up.
+    drain_timeout_s: how long the end of training waits for the remote before it says so and returns.
+    storage_options: passed to the remote's fsspec filesystem; may hold secrets, never logged or stored.
+    """
+
+    remote: str
+    local: str | None = None
+    interval_s: float | None = None
+    keep_local: int = 2
+    keep_remote: int = 2
+    grace_s: float = 25.0
+    preempt_exit_code: int = 75
+    resume: bool = True
+    start_timeout_s: float = 60.0
+    drain_timeout_s: float = 600.0
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.remote, str) and bool(self.remote.strip()), "remote", self.remote, "a URL or a path")
+        _check(bool(self.run), "remote", self.remote, "a URL whose last component names the run, s3://bucket/my-run")
+        if self.interval_s is not None:
+            _check(self.interval_s > 0, "interval_s", self.interval_s, "a number of seconds above 0, or None")
+        _check(self.keep_local >= 1, "keep_local", self.keep_local, "1 or more")
+        _check(self.keep_remote >= 1, "keep_remote", self.keep_remote, "1 or more")
+        _check(self.grace_s > 0, "grace_s", self.grace_s, "a number of seconds above 0")
+        _check(
+            1 <= self.preempt_exit_code <= 255 and self.preempt_exit_code != 137,
+            "preempt_exit_code",
+            self.preempt_exit_code,
+            "1 to 255 and not 137: 0 would make a preempted run look finished, 137 like one killed for memory",
+        )
+        _check(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "a number of seconds above 0")
+        _check(self.drain_timeout_s > 0, "drain_timeout_s", self.drain_timeout_s, "a number of seconds above 0")
+        _check(isinstance(self.storage_options, Mapping), "storage_options", "…", "a mapping for fsspec")
+
+    @property
+    def run(self) -> str:
+        """Name of the run: the last component of `remote`."""
+        _, _, path = self.remote.rpartition("://")
+        parts = [part for part in path.split("/") if part and part != "."]
+        # The first component of an object store URL is the bucket, never the run.
+        is_bucket_only = "://" in self.remote and not self.remote.startswith("file://") and len(parts) < 2
+        return "" if is_bucket_only or not parts else parts[-1]
+
+    @classmethod
+    def resolve(
+        cls, options: Mapping[str, Any], *, fallback_local: str | Path, environ: Mapping[str, str] | None = None
+    ) -> SpotConfig:
+        """Merge environment over `options`, choose the local folder, check, and return the configuration.
+
+        fallback_local: used when neither an option, the environment nor a known NVMe mount names one.
+        Raises ConfigError naming the field, the value and what is allowed.
+        """
+        environ = os.environ if environ is None else environ
+        unknown = set(options) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(option_names())}")
+        merged = {name: value for name, value in options.items() if value is not None}
+        hints = typing.get_type_hints(cls)
+        for name in option_names():
+            text = environ.get(ENV_PREFIX + name.upper())
+            if text:
+                merged[name] = _parse(name, text, hints[name])
+        if "remote" not in merged:
+            raise ConfigError('no remote: pass remote="s3://bucket/my-run" (any fsspec URL or path) or set SPOT_REMOTE')
+        merged["remote"] = absolute_url(str(merged["remote"]))
+        merged["local"] = str(Path(merged.get("local") or nvme_mount() or fallback_local).expanduser().absolute())
+        return cls(**merged)
+
+
+def option_names() -> list[str]:
+    """Fields that an environment variable can set: all but storage_options, which may hold secrets."""
+    return [f.name for f in dataclasses.fields(SpotConfig) if f.name != "storage_options"]
+
+
+def absolute_url(url: str) -> str:
+    """The URL, with a plain path made absolute: the agent has another working directory."""
+    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def nvme_mount() -> Path | None:
+    """The first known instance-store mount that exists and can be written, or None."""
+    for pattern in NVME_MOUNTS:
+        for path in sorted(Path("/").glob(pattern.lstrip("/"))):
+            if path.is_dir() and os.access(path, os.W_OK):
+                return path / "spot"
+    return None
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not valid: it must be {allowed}")
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    variable = ENV_PREFIX + name.upper()
+    if bool in kinds:
+        lowered = text.strip().lower()
+        if lowered not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
+            raise ConfigError(f"{variable}={text!r} is not valid: it must be true or false")
+        return lowered in {"1", "true", "yes", "on"}
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                raise ConfigError(f"{variable}={text!r} is not valid: it must be {_words(kind)}") from None
+    return text
+
+
+def _words(kind: type) -> str:
+    return "a whole number" if kind is int else "a number"

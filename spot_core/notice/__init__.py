@@ -1,0 +1,1 @@
+"""Notices of a preemption. One watcher a file."""

@@ -1,0 +1,1 @@
+"""What users see: log lines, tables, the command line."""

@@ -1,0 +1,390 @@
+"""A session: one life of a run, as the trainer sees it. Adapters hold one and tell it where steps begin and end.
+
+    session = Session.open(config, identity, device=…)     the agent checks, restores and claims
+    session.resume                                         what to load, verified, on the local tier
+    session.begin()                                        training starts
+    loop: session.step_started(); …; session.before_optimizer_step(); optimizer.step();
+          session.step_completed(step); session.at_boundary(capture)
+    session.finish(capture); session.wait_drained()        training is complete
+    session.close(error)                                   always
+
+Threads: all public methods on the training thread. The copy, the writer and the agent's monitor have threads of
+their own, which never hold up a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spot_core.agent import lives
+from spot_core.agent.client import AgentClient, OpenedRun
+from spot_core.agent.journal import Journal, Progress
+from spot_core.agent.monitor import AgentMonitor
+from spot_core.cadence.cadence import Cadence
+from spot_core.cadence.hazard import Hazard, LifeSpan
+from spot_core.config import SpotConfig
+from spot_core.errors import FencedError
+from spot_core.notice.signals import SignalWatcher
+from spot_core.report.log import make_visible
+from spot_core.snapshot.capture import Snapshotter
+from spot_core.snapshot.files import NativeFile
+from spot_core.snapshot.writer import CheckpointWriter, Written
+from spot_core.store import layout, resume
+from spot_core.store.identity import RunIdentity
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import Manifest
+from spot_core.store.posix import PosixTier, check_usable
+
+logger = logging.getLogger(__name__)
+
+
+class Preempted(SystemExit):
+    """Ends the process of a preempted run with the configured exit code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """What an adapter hands over at a boundary. native: the part of `files` that stock tools load.
+
+    max_steps: steps this training is to last, if known. notes: why a resume from here is not bit-exact.
+    pinned_step: step of an earlier checkpoint that must be kept with this one (the best model), if any.
+    """
+
+    step: int
+    epoch: float
+    native: str
+    files: list[NativeFile]
+    max_steps: int | None = None
+    notes: tuple[str, ...] = ()
+    pinned_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A verified checkpoint. folder: its files on the local tier; pinned: folder of the checkpoint it refers to."""
+
+    manifest: Manifest
+    folder: Path
+    source: str
+    pinned: Path | None
+
+
+class Session:
+    """One life of a run. Make it with `open`."""
+
+    def __init__(
+        self,
+        config: SpotConfig,
+        identity: RunIdentity,
+        client: AgentClient,
+        opened: OpenedRun,
+        *,
+        device: torch.device,
+        versions: Mapping[str, str],
+        base_fingerprint: str | None,
+    ) -> None:
+        self.config, self._identity, self._client = config, identity, client
+        self._opened = opened
+        self._tier = PosixTier(client.run_folder)
+        self._versions, self._base_fingerprint = versions, base_fingerprint
+        self.resume = self._resume_point(opened)
+        spans = [LifeSpan(life.duration_s, life.is_interrupted) for life in opened.lives]
+        self._cadence = Cadence(Hazard.from_lives(spans), fixed_interval_s=config.interval_s)
+        self._snapshotter = Snapshotter(device)
+        self._signals = SignalWatcher()
+        self._began = time.monotonic()
+        self._useful_before_s = self.resume.manifest.useful_s if self.resume else 0.0
+        self._useful_s = 0.0  # in this life
+        self._last: float | None = None  # when the step being timed began, None in a pause
+        self._take_s: float | None = None  # stall of a snapshot whose gate is still to come
+        self._committed: dict[int, CheckpointName] = {}
+        self._captured_step: int | None = None
+        self._fence: str | None = None
+        self._is_ended = False
+        self._journal: Journal | None = None
+        self._writer: CheckpointWriter | None = None
+        self._agent: AgentMonitor | None = None
+
+    # -- start ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        config: SpotConfig,
+        identity: RunIdentity,
+        *,
+        device: torch.device,
+        state_bytes: int = 0,
+        versions: Mapping[str, str] | None = None,
+        base_fingerprint: str | None = None,
+    ) -> Session:
+        """Start the agent, which checks the place, restores the newest valid checkpoint and claims a life.
+
+        state_bytes: expected size of a checkpoint, to refuse a local folder that cannot hold one.
+        Raises ConfigError, TierError, TierDeniedError, CorruptCheckpointError: training must not start.
+        """
+        make_visible()
+        client = AgentClient(config, identity)
+        check_usable(client.run_folder, state_bytes)
+        logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, config.remote)
+        return cls(
+            config,
+            identity,
+            client,
+            client.open(),
+            device=device,
+            versions={"torch": torch.__version__, "device": _device_name(device), **(versions or {})},
+            base_fingerprint=base_fingerprint,
+        )
+
+    def _resume_point(self, opened: OpenedRun) -> ResumePoint | None:
+        if opened.restored is None:
+            return None
+        folder = self._tier.path(layout.checkpoint(opened.restored))
+        pinned = self._tier.path(layout.checkpoint(opened.pin)) if opened.pin else None
+        return ResumePoint(resume.read_manifest(self._tier, opened.restored), folder, str(opened.source), pinned)
+
+    def is_finished(self, max_steps: int | None) -> bool:
+        """Whether training ended at the restored checkpoint and was to last as long: nothing is left to do."""
+        return self._client.incarnation is None and self._opened.max_steps == max_steps
+
+    def begin(self, *, notes: tuple[str, ...] = ()) -> None:
+        """Training starts: claim a life if that is still to be done, say where it resumes, watch for signals.
+
+        notes: reasons why this resume is not bit-exact.
+        """
+        number = self._client.incarnation or self._client.claim()
+        self._log_resume(number, notes)
+        point = self.resume
+        if point is not None:
+            self._captured_step = point.manifest.step
+            self._committed[point.manifest.step] = point.manifest.name
+            if point.manifest.pins is not None and point.pinned is not None:
+                self._committed[point.manifest.pins.step] = point.manifest.pins
+        self._journal = Journal(self._tier.root, number)
+        self._journal.open_progress(self._progress(self._captured_step or 0))
+        self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number)
+        self._agent = AgentMonitor(self._client, self._journal)
+        self._agent.start()
+        self._signals.install()
+        self._last = time.perf_counter()
+
+    def _log_resume(self, number: int, notes: tuple[str, ...]) -> None:
+        point = self.resume
+        if point is None:
+            why = "nothing is stored yet" if self.config.resume else "resume is off"
+            logger.info("fresh start as incarnation %d: %s", number, why)
+            return
+        then, now = point.manifest.versions, self._versions
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in then if key in now and then[key] != now[key]]
+        reasons = [*point.manifest.notes, *notes, *changed]
+        logger.info(
+            "resume: step %d from the %s tier, checkpoint %s, as incarnation %d; %s",
+            point.manifest.step,
+            point.source,
+            point.manifest.name,
+            number,
+            "not bit-exact: " + "; ".join(reasons) if reasons else "bit-exact",
+        )
+
+    # -- while training ------------------------------------------------------------------------------------
+
+    def step_started(self) -> None:
+        """A step begins: ends a pause."""
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def before_optimizer_step(self) -> None:
+        """The gate: returns when the snapshot being taken no longer needs the live tensors."""
+        waited_s = self._snapshotter.gate()
+        if self._take_s is not None:
+            self._cadence.costs = self._cadence.costs.with_stall(self._take_s + waited_s)
+            self._take_s = None
+
+    def step_completed(self, step: int) -> None:
+        """An optimizer step is done: count useful time. Raises FencedError if a newer life exists."""
+        writer, agent, journal = self._running()
+        if self._fence or agent.fence:
+            raise FencedError(self._fence or agent.fence)
+        now = time.perf_counter()
+        costs = self._cadence.costs
+        if self._last is not None:
+            self._useful_s += now - self._last
+            is_busy = writer.is_busy or agent.pending_s is not None
+            costs = costs.with_step(now - self._last, is_busy=is_busy)
+        while agent.uploads:
+            costs = costs.with_upload(agent.uploads.popleft())
+        self._cadence.costs = costs
+        self._last = now
+        journal.write_progress(self._progress(step))
+
+    def pause(self) -> None:
+        """What follows (an evaluation, the trainer's own save) is not useful training time."""
+        self._last = None
+
+    def at_boundary(self, capture: Callable[[], Capture], *, is_required: bool = False) -> None:
+        """State is consistent between two steps: take a checkpoint if one is due, stop if preempted.
+
+        capture: called only if a snapshot is taken. is_required: take one now, waiting for the one in flight.
+        Raises Preempted after a notice, once the checkpoint is as durable as the grace period allows.
+        """
+        writer, agent, _ = self._running()
+        if self._signals.noticed_at is not None:
+            self._stop(capture)
+        if not is_required:
+            age_s = time.monotonic() - self._began
+            is_due = self._cadence.is_due(self._useful_s, age_s=age_s, upload_pending_s=agent.pending_s or 0.0)
+            if writer.is_busy or not is_due:
+                return
+        writer.wait()
+        self._snapshot(capture)
+
+    def _snapshot(self, capture: Callable[[], Capture]) -> None:
+        writer, _, _ = self._running()
+        self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
+        began = time.perf_counter()
+        content = capture()
+        if content.step == self._captured_step:
+            return
+        snapshot = self._snapshotter.take(content.files)
+        writer.submit(snapshot, self._manifest(content), self._written)
+        self._captured_step = content.step
+        self._cadence.taken(self._useful_s)
+        self._take_s = time.perf_counter() - began
+        if self._last is not None:
+            self._last += self._take_s  # the stall is not useful time
+
+    def _manifest(self, content: Capture) -> Manifest:
+        assert self._client.incarnation is not None
+        pins = self._committed.get(content.pinned_step) if content.pinned_step is not None else None
+        return Manifest(
+            run=self.config.run,
+            name=CheckpointName(self._client.incarnation, content.step),
+            epoch=content.epoch,
+            useful_s=round(self._useful_before_s + self._useful_s, 3),
+            created=time.time(),
+            framework=self._identity.framework,
+            native=content.native,
+            files=(),
+            versions=self._versions,
+            world={key: value for key, value in self._identity.facts.items() if isinstance(value, int)},
+            notes=content.notes,
+            base_fingerprint=self._base_fingerprint,
+            pins=pins,
+        )
+
+    def _written(self, written: Written) -> None:
+        """Writer thread: a checkpoint was committed, or failed (then the writer has said so)."""
+        if isinstance(written.error, FencedError):
+            self._fence = str(written.error)
+        if written.error is not None or self._agent is None:
+            self._captured_step = None  # this step may be tried again
+            return
+        manifest = written.manifest
+        self._committed[manifest.step] = manifest.name
+        self._agent.committed(manifest.name)
+        durable = self._agent.newest_durable
+        logger.info(
+            "checkpoint: step %d, %.1f MB in %.2f s, durable on the local tier; remote: %s",
+            manifest.step,
+            manifest.total_bytes / 1e6,
+            written.seconds,
+            f"step {durable.step}" if durable else "none yet",
+        )
+
+    def _progress(self, step: int) -> Progress:
+        resumed_step = self.resume.manifest.step if self.resume else 0
+        return Progress(step, self._useful_before_s + self._useful_s, resumed_step)
+
+    def _running(self) -> tuple[CheckpointWriter, AgentMonitor, Journal]:
+        if self._writer is None or self._agent is None or self._journal is None:
+            raise RuntimeError("Session.begin() has not been called")
+        return self._writer, self._agent, self._journal
+
+    # -- end -----------------------------------------------------------------------------------------------
+
+    def _stop(self, capture: Callable[[], Capture]) -> None:
+        """Preempted: commit this very step, wait for the remote within the grace period, and leave."""
+        writer, agent, _ = self._running()
+        assert self._signals.noticed_at is not None
+        deadline = self._signals.noticed_at + self.config.grace_s
+        if writer.wait(max(0.0, deadline - time.monotonic())):
+            self._snapshot(capture)
+            writer.wait(max(0.0, deadline - time.monotonic()))
+        newest = max(self._committed.values(), default=None)
+        is_durable = newest is not None and agent.wait_durable(newest, deadline)
+        self._end(lives.PREEMPTED)
+        logger.warning(
+            "preempted: %s; leaving with exit code %d, run the same command again to continue",
+            "no checkpoint was made in this life"
+            if newest is None
+            else f"step {newest.step} is durable on the remote"
+            if is_durable
+            else f"step {newest.step} is durable on the local tier, the agent goes on draining it",
+            self.config.preempt_exit_code,
+        )
+        raise Preempted(self.config.preempt_exit_code)
+
+    def finish(self, capture: Callable[[], Capture]) -> None:
+        """Training is complete: commit the final state and record that it is the end.
+
+        Returns when both are durable locally; `wait_drained` waits for the remote.
+        """
+        writer, _, _ = self._running()
+        writer.wait()
+        content = capture()
+        self._snapshot(lambda: content)
+        writer.wait()
+        name = self._committed.get(content.step)
+        if name is not None:
+            resume.mark_complete(self._tier, name, content.max_steps)
+
+    def wait_drained(self) -> None:
+        """Wait until everything committed is on the remote, with a progress bar; says so if it does not get there."""
+        _, agent, _ = self._running()
+        self._end(lives.COMPLETED)
+        agent.wait_ended(time.monotonic() + self.config.drain_timeout_s)
+        newest = max(self._committed.values(), default=None)
+        if newest is None or agent.newest_durable == newest:
+            return
+        logger.error(
+            "training is complete but checkpoint %s is not on the remote (%s); it is whole in %s. To finish: "
+            "spot agent --once --local %s --remote %s",
+            newest,
+            agent.last_failure or "the drain did not end in time",
+            self._tier.url,
+            self._tier.url,
+            self.config.remote,
+        )
+
+    def _end(self, outcome: str) -> None:
+        """Tell the agent how this life ended; only the first word counts."""
+        if self._journal is not None and not self._is_ended:
+            self._is_ended = True
+            self._journal.write_outcome(outcome)
+        if self._agent is not None:
+            self._agent.close()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Let go of everything. error: what ended training, None if it returned."""
+        self._signals.uninstall()
+        self._snapshotter.gate()
+        if self._writer is not None:
+            self._writer.close()
+        self._snapshotter.close()
+        if isinstance(error, FencedError):
+            self._end(lives.FENCED)
+        else:
+            self._end(lives.FAILED if isinstance(error, Exception) else lives.STOPPED)
+        if self._client.incarnation is None:
+            self._client.dismiss()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,150 @@
+"""Taking a snapshot: small state at once, large tensors overlapped with the next forward and backward.
+
+Parameters and optimizer state change only in the optimizer step. `Snapshotter.take` returns after the volatile
+part is safe; a worker thread (CPU) or a side stream (CUDA) copies the rest, and `gate`, called before the next
+optimizer step, waits for what is left. That wait plus `take` is the stall.
+Threads: `take` and `gate` on the training thread; the copy on a thread of its own; the files are the writer's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from spot_core.snapshot.buffers import HostBuffers
+from spot_core.snapshot.files import (
+    BytesFile,
+    NativeFile,
+    SafetensorsFile,
+    TorchFile,
+    rebuild,
+    safetensors_order,
+    tensors_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Files whose tensors are, once `ready` is done, a consistent copy in host memory.
+
+    ready: resolves to the same files with host tensors in place of the live ones, or to the copy's error.
+    written: set by the writer once the files are written or given up.
+    """
+
+    ready: Future[list[NativeFile]]
+    written: threading.Event
+
+
+class Snapshotter:
+    """Copies live state into reused host buffers, one snapshot at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        is_cuda = device.type == "cuda"
+        self._buffers = HostBuffers(is_pinned=is_cuda)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="spot-copy")
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._pending: Snapshot | None = None
+        self._held: list[torch.Tensor] = []
+        self._copied: torch.cuda.Event | None = None
+        self._is_buffered = True
+
+    def take(self, files: Sequence[NativeFile]) -> Snapshot:
+        """Start copying `files`; the previous snapshot must have been written. Returns within the volatile copy."""
+        fixed = [_freeze(file) for file in files]
+        ordered: torch.cuda.Event | None = None
+        if self._stream is not None:
+            # The side stream must see the optimizer step that the current stream still has queued.
+            ordered = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ordered.record(torch.cuda.current_stream(self._device))
+        self._pending = Snapshot(self._pool.submit(self._copy, fixed, ordered), threading.Event())
+        return self._pending
+
+    def gate(self) -> float:
+        """Wait until the optimizer may change what is being copied; returns the seconds waited."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return 0.0
+        began = time.perf_counter()
+        pending.ready.exception()  # waits; the writer reports an error
+        if not self._is_buffered:
+            pending.written.wait()  # too little host memory: the writer reads the live tensors
+        elif self._copied is not None:
+            # The device waits, not this thread: the next optimizer kernels queue behind the copy.
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        return time.perf_counter() - began
+
+    def wait_for_device(self) -> None:
+        """Block the calling (writer) thread until the device has finished the copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    @torch.no_grad()
+    def _copy(self, files: list[NativeFile], ordered: torch.cuda.Event | None) -> list[NativeFile]:
+        # Held until the next snapshot: freed while the side stream still reads it, memory would be handed out again.
+        self._held = live = [tensor for file in files for tensor in _ordered_tensors(file)]
+        if not self._is_buffered:
+            return files
+        try:
+            host = self._buffers.like(live)
+        except MemoryError as error:
+            logger.warning("%s: from now on checkpoints are streamed while training waits", error)
+            self._is_buffered = False
+            return files
+        if self._stream is not None and ordered is not None:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ordered)
+                for target, source in zip(host, live, strict=True):
+                    target.copy_(source, non_blocking=True)
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record(self._stream)
+            self._copied = copied
+        else:
+            for target, source in zip(host, live, strict=True):
+                target.copy_(source)
+        supply = iter(host)
+        return [_on_host(file, supply) for file in files]
+
+
+def _freeze(file: NativeFile) -> NativeFile:
+    """Copy what may change before the next optimizer step: containers, plain values, volatile tensors."""
+    if isinstance(file, TorchFile):
+        return TorchFile(path=file.path, tree=rebuild(file.tree, _clone if file.is_volatile else _keep))
+    if isinstance(file, SafetensorsFile) and file.volatile:
+        tensors = {key: _clone(tensor) if key in file.volatile else tensor for key, tensor in file.tensors.items()}
+        return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
+    return file
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _ordered_tensors(file: NativeFile) -> list[torch.Tensor]:
+    if isinstance(file, SafetensorsFile):
+        return [file.tensors[key] for key in safetensors_order(file.tensors)]
+    return [] if isinstance(file, BytesFile) else list(tensors_of(file.tree))
+
+
+def _on_host(file: NativeFile, supply: Iterator[torch.Tensor]) -> NativeFile:
+    if isinstance(file, SafetensorsFile):
+        tensors = {key: next(supply) for key in safetensors_order(file.tensors)}
+        return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
+    if isinstance(file, TorchFile):
+        return TorchFile(path=file.path, tree=rebuild(file.tree, lambda _: next(supply)))
+    return file

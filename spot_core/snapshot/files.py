@@ -1,0 +1,130 @@
+"""Native files as adapters describe them, and how each is written once its tensors are on the host.
+
+An adapter names files in the trainer's own formats; the core copies the tensors, writes and commits. Tensors are
+`stable` if only the optimizer step changes them (parameters, optimizer state): their copy may overlap the next
+forward and backward. Everything else is `volatile` and copied at once.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsFile:
+    """A safetensors file. tensors: live tensors by key; volatile: keys that forward or backward may change."""
+
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    volatile: frozenset[str] = frozenset()
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchFile:
+    """A `torch.save` file of nested dicts, lists and tuples with tensors and plain values in them."""
+
+    path: str
+    tree: Any
+    is_volatile: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytesFile:
+    """Any other small file. content runs in the writer thread and must not touch what training changes."""
+
+    path: str
+    content: Callable[[], bytes]
+
+
+NativeFile = SafetensorsFile | TorchFile | BytesFile
+
+
+def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
+    """Copy of nested containers with `leaf` applied to each tensor: later changes to the original don't show."""
+    if isinstance(tree, torch.Tensor):
+        return leaf(tree)
+    if isinstance(tree, dict):
+        copied = {key: rebuild(value, leaf) for key, value in tree.items()}
+        return copied if type(tree) is dict else _like(tree, copied)
+    if isinstance(tree, (list, tuple)):
+        items = [rebuild(value, leaf) for value in tree]
+        if type(tree) is list:
+            return items
+        return tree.__class__(*items) if hasattr(tree, "_fields") else tree.__class__(items)
+    return tree
+
+
+def _like(original: Any, copied: dict[Any, Any]) -> Any:
+    try:
+        return type(original)(copied)
+    except TypeError:
+        return copied  # a defaultdict and the like: the plain dict loads as well
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of nested containers, in the order `rebuild` visits them."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+def safetensors_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Keys by descending item size, then name: packed without holes, every tensor is aligned."""
+    return sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+
+
+def safetensors_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Length-prefixed JSON header for tensors stored back to back in the mapping's order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.dtype.itemsize
+        header[key] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write host tensors in the mapping's order, which must be that of `safetensors_order`."""
+    file.write(safetensors_header(tensors, metadata))
+    for tensor in tensors.values():
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,228 @@
+"""A tier in a POSIX folder, with the local commit (design.md section 3).
+
+Every write is durable when it returns: content, then the name, then the folder are fsynced. Names that must be
+created once are made with `link`, which is atomic and fails if the name exists; a file system without hard links
+falls back to O_EXCL, where a crash can leave a torn file that readers reject.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from spot_core.errors import CommitConflictError, ConfigError, TierDeniedError, TierError
+from spot_core.store import layout
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import FileRecord, Manifest
+from spot_core.store.tier import CHUNK_BYTES, OnBytes, digest_file
+
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class PosixTier:
+    """A run's folder on a mounted file system; serves as local tier and as `file://` remote."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.url = str(self.root)
+
+    def path(self, relative: str) -> Path:
+        return self.root / relative
+
+    # -- the Tier protocol ---------------------------------------------------------------------------------
+
+    def list(self, folder: str) -> list[str]:
+        with _translated(f"list {self.path(folder)}"):
+            try:
+                return sorted(entry for entry in os.listdir(self.path(folder)) if not entry.startswith(".tmp-"))
+            except FileNotFoundError:
+                return []
+
+    def read(self, path: str) -> bytes:
+        with _translated(f"read {self.path(path)}"):
+            return self.path(path).read_bytes()
+
+    def create(self, path: str, data: bytes) -> None:
+        target = self.path(path)
+        with _translated(f"create {target}"):
+            self.make_folder(target.parent)
+            temporary = _temporary(target)
+            write_durably(temporary, data)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                if target.read_bytes() != data:
+                    raise CommitConflictError(f"{target} exists with other content") from None
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                _create_exclusively(target, data)
+            finally:
+                temporary.unlink(missing_ok=True)
+            fsync_folder(target.parent)
+
+    def replace(self, path: str, data: bytes) -> None:
+        target = self.path(path)
+        with _translated(f"write {target}"):
+            self.make_folder(target.parent)
+            temporary = _temporary(target)
+            write_durably(temporary, data)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+
+    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
+        target = self.path(path)
+        with _translated(f"write {target}"):
+            self.make_folder(target.parent)
+            temporary = _temporary(target)
+            _copy_durably(source, temporary, on_bytes)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
+        with _translated(f"read {self.path(path)}"):
+            _copy_durably(self.path(path), target, on_bytes)
+
+    def record(self, path: str) -> FileRecord:
+        with _translated(f"read {self.path(path)}"):
+            return digest_file(self.path(path))
+
+    def delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            target = self.path(path)
+            with _translated(f"delete {target}"):
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+
+    # -- the local commit ----------------------------------------------------------------------------------
+
+    def stage(self, name: CheckpointName) -> Path:
+        """A fresh, empty staging folder for `name`, on the same file system as its final place."""
+        folder = self.path(f"{layout.STAGING}/{name}")
+        with _translated(f"create {folder}"):
+            if folder.exists():
+                shutil.rmtree(folder)
+            self.make_folder(folder)
+        return folder
+
+    def commit(self, staged: Path, manifest: Manifest) -> None:
+        """Publish a staged folder whose files are already fsynced. Crash-safe at every point in between.
+
+        1. fsync the staged folders. 2. rename into place. 3. fsync the parent. 4. create the manifest.
+        """
+        final = self.path(layout.checkpoint(manifest.name))
+        with _translated(f"commit {final}"):
+            for folder, _, _ in os.walk(staged):
+                fsync_folder(Path(folder))
+            self.make_folder(final.parent)
+            os.replace(staged, final)
+            fsync_folder(final.parent)
+        self.create(layout.manifest(manifest.name), manifest.to_json())
+
+    def set_aside(self, name: CheckpointName) -> Path:
+        """Move a damaged checkpoint out of the way, manifest first, so that it can be looked at later."""
+        number = len(self.list(layout.DAMAGED))
+        folder = self.path(f"{layout.DAMAGED}/{number:03d}-{name}")
+        with _translated(f"set aside {name}"):
+            self.make_folder(folder)
+            for source in (layout.manifest(name), layout.checkpoint(name)):
+                if self.path(source).exists():
+                    os.replace(self.path(source), folder / Path(source).name)
+        return folder
+
+    def make_folder(self, folder: Path) -> None:
+        """Create `folder` and its parents, durably."""
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            fsync_folder(new.parent)
+
+
+def check_usable(folder: Path, needed_bytes: int) -> None:
+    """Create `folder` and raise ConfigError unless it can be written and has room for `needed_bytes`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".tmp-probe-{os.getpid()}"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"the local folder {folder} cannot be written: {error.strerror}. Nothing was written. Set local= "
+            "(SPOT_LOCAL) to a folder on a disk of this instance."
+        ) from error
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise ConfigError(
+            f"the local folder {folder} has {free_bytes / 1e6:.0f} MB free, a checkpoint needs about "
+            f"{needed_bytes / 1e6:.0f} MB. Set local= (SPOT_LOCAL) to a larger disk of this instance."
+        )
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `data` to `path` and fsync the file; the folder is the caller's."""
+    with open(path, "wb", buffering=0) as file:
+        write_all(file.fileno(), data)
+        os.fsync(file.fileno())
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """os.write until everything is written: one call may write less than it was given."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create_exclusively(target: Path, data: bytes) -> None:
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        if target.read_bytes() != data:
+            raise CommitConflictError(f"{target} exists with other content") from None
+        return
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy_durably(source: Path, target: Path, on_bytes: OnBytes) -> None:
+    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            write_all(writer.fileno(), chunk)
+            on_bytes(len(chunk))
+        os.fsync(writer.fileno())
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".tmp-{os.getpid()}-{target.name}")
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, TierError):
+        raise
+    except OSError as error:
+        kind = TierDeniedError if error.errno in _DENIED else TierError
+        raise kind(error.errno, f"cannot {what}: {error.strerror or error}") from error
