@@ -28,11 +28,11 @@ class SpotArguments:
 
     def callbacks(self) -> list[TrainerCallback]:
         """What to pass as `Trainer(callbacks=…)`: the callback if a remote is set here or in SPOT_REMOTE."""
-        if self.spot_remote is None and not os.environ.get("SPOT_REMOTE"):
+        if not self.spot_remote and not os.environ.get("SPOT_REMOTE"):
             return []
         return [
             SpotCallback(
-                self.spot_remote,
+                self.spot_remote or None,
                 local=self.spot_local,
                 interval_s=self.spot_interval_s,
                 keep_local=self.spot_keep_local,

@@ -2,8 +2,8 @@
 
 Order inside a step (transformers 5): fetch every micro-batch, on_step_begin, forward and backward,
 on_pre_optimizer_step, optimizer, scheduler, global_step + 1, on_step_end, log, evaluate, save. A checkpoint is taken
-in on_step_end. Where the step still has to be evaluated or ends its epoch, it is deferred until that is done, so
-that a resume neither repeats nor skips it.
+in on_step_end. Where the step has yet to be logged or evaluated, or ends its epoch, it is deferred until that is
+done, so that a resume neither repeats nor skips it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         ends = is_last_of_epoch or control.should_epoch_stop or control.should_training_stop
         if control.should_evaluate or control.should_save:
             self._session.pause()
-        self._is_deferred = control.should_evaluate or control.should_save or ends
+        self._is_deferred = control.should_log or control.should_evaluate or control.should_save or ends
         if not self._is_deferred:
             self._boundary(state)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from spot_core.snapshot import rng
 from spot_core.snapshot.rng import RngState
 
@@ -74,6 +76,8 @@ class DataPosition:
 
     def track(self, loader: Any) -> None:
         """Wrap the sampler of `loader` (a DataLoader or accelerate's adapter around one)."""
+        if isinstance(getattr(loader, "dataset", None), IterableDataset):
+            return  # no indices to skip by: the trainer reads the stream again
         batch_sampler = getattr(loader, "batch_sampler", None)
         # accelerate's shard wraps the batch sampler that holds the sampler.
         batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
@@ -123,7 +127,10 @@ class DataPosition:
         )
 
     def settle(self) -> None:
-        """Set the step's random state if fetching has not: call once when the first resumed step begins."""
+        """Set the step's random state if fetching has not: call when a step begins, after its batches were fetched.
+
+        Fetching has, unless workers fetch or the epoch's last batch was ahead already.
+        """
         if self._resume is not None:
             rng.restore(self._resume.step)
             self._resume = None
@@ -150,8 +157,6 @@ class DataPosition:
                     self._batch_begins(position // batch_size)
                 yield index
             upcoming = next(indices, None)
-        if self._resume is not None and self._fetches_here:
-            self.settle()  # the last batch of the epoch was ahead already
 
     def _batch_begins(self, number: int) -> None:
         self._started = number + 1

@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Tests and kills are real processes: one worker a core.
+WORKERS ?= auto
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed
+
+# PyTorch comes first and through pip, which finds the CPU build; uv then resolves the rest in seconds.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch uv
+	$(UV) -c constraints.txt -e '.[hf,lightning,s3,dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/stall.py --size all
+
+clean:
+	rm -rf $(VENV) dist runs

@@ -1,0 +1,1 @@
+"""Rehearsal: runs a command through real kills and reports what they cost."""

@@ -1,0 +1,150 @@
+"""Runs jobs life after life in real processes and compares them with an uninterrupted run."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.hf.job import JobSpec
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class LifeResult:
+    exit_code: int
+    log: str
+
+
+@functools.cache
+def _zygote() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.hf.zygote"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+    )
+    atexit.register(process.kill)
+    return process
+
+
+class Life:
+    """A running life. `pid` may be sent signals; `result` waits for its end."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
+        self._log = Path(spec.folder) / "log.txt"
+        self._log.unlink(missing_ok=True)
+        zygote = _zygote()
+        assert zygote.stdin is not None
+        assert zygote.stdout is not None
+        zygote.stdin.write(json.dumps({"spec": dataclasses.asdict(spec), "log": str(self._log)}) + "\n")
+        zygote.stdin.flush()
+        self._answers = zygote.stdout
+        self.pid = int(self._answers.readline())
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def result(self) -> LifeResult:
+        return LifeResult(int(self._answers.readline()), self.log)
+
+
+def live(spec: JobSpec, *, kill_after_s: float | None = None) -> LifeResult:
+    """One life. kill_after_s: SIGKILL from outside that long after its start, unless it has ended."""
+    life = Life(spec)
+    if kill_after_s is not None:
+        timer = threading.Timer(kill_after_s, life.kill)
+        timer.start()
+        result = life.result()
+        timer.cancel()
+        return result
+    return life.result()
+
+
+def live_to_the_end(spec: JobSpec, dies: list[str] = ()) -> list[LifeResult]:  # type: ignore[assignment]
+    """One life for each place to die, then one that must finish."""
+    results = [live(dataclasses.replace(spec, dies=where)) for where in dies]
+    results.append(live(spec))
+    assert results[-1].exit_code == 0, results[-1].log[-6000:]
+    return results
+
+
+def uninterrupted(spec: JobSpec, folder: Path) -> JobSpec:
+    """The same training without the callback, in one life."""
+    shutil.rmtree(folder, ignore_errors=True)
+    reference = dataclasses.replace(spec, folder=str(folder), has_callback=False, dies=None)
+    result = live(reference)
+    assert result.exit_code == 0, result.log[-6000:]
+    return reference
+
+
+def final(spec: JobSpec) -> dict[str, Any]:
+    body: dict[str, Any] = torch.load(Path(spec.folder) / "final.pt", weights_only=True)
+    return body
+
+
+def seen(spec: JobSpec) -> dict[int, list[list[Any]]]:
+    """Step -> what each micro-batch of it held, as last executed; earlier executions must have been the same."""
+    executions: dict[tuple[int, int], list[list[Any]]] = {}
+    for line in (Path(spec.folder) / "seen.jsonl").read_text().splitlines():
+        life, step, *row = json.loads(line)
+        executions.setdefault((step, life), []).append(row)
+    last: dict[int, list[list[Any]]] = {}
+    for (step, _), rows in executions.items():
+        # A life may have died in the middle of a step; what it did see must be what the step is made of.
+        longer, shorter = sorted((last.get(step, []), rows), key=len, reverse=True)
+        assert longer[: len(shorter)] == shorter, f"step {step} was fed differently in two lives"
+        last[step] = longer
+    return last
+
+
+def assert_same_training(spec: JobSpec, reference: JobSpec) -> None:
+    """Every tensor, every logged number and every sample of every step equal."""
+    ours, theirs = final(spec), final(reference)
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+    different = [name for name, tensor in theirs["tensors"].items() if not torch.equal(tensor, ours["tensors"][name])]
+    assert not different, f"{len(different)} of {len(theirs['tensors'])} tensors differ: {different[:4]}"
+    assert seen(spec) == seen(reference)
+    assert _numbers(ours["log"]) == _numbers(theirs["log"])
+
+
+# SFTTrainer averages these in private counters, which it does not checkpoint either.
+_UNSAVED = {"entropy", "mean_token_accuracy", "num_tokens"}
+
+
+def _numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log without wall-clock figures and the summary, which counts one life's steps only."""
+    return [
+        {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k and k not in _UNSAVED}
+        for entry in log
+        if "train_runtime" not in entry
+    ]
+
+
+def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition did not come true in time"
+        time.sleep(0.05)
