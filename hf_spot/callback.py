@@ -88,6 +88,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._consumed = 0  # micro-batches of this epoch
         self._is_deferred = False
         self._has_new_best = False
+        self._is_finished = False
 
     def detach(self, error: BaseException | None) -> None:
         """The `train()` call is over."""
@@ -114,10 +115,10 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             live.check_loaded(restored.view)
             live.restore(restored.own, dict(state.stateful_callbacks))
             restored.discard_view()
-        if session.is_finished(state.max_steps):
+        self._is_finished = session.is_finished(state.max_steps)
+        if self._is_finished:
             if state.global_step < state.max_steps:
                 raise resume.AlreadyFinished  # stopped early, on purpose: the Trainer would train on
-            self._session = None
             return
         self._data.track(kwargs.get("train_dataloader"))
         session.begin(notes=self._notes(args))
@@ -189,7 +190,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._session is not None:
+        if self._session is not None and not self._is_finished:
             self._session.wait_drained()
 
     # -- capture -------------------------------------------------------------------------------------------

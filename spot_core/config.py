@@ -1,12 +1,14 @@
 """Configuration: one frozen value, checked field by field when it is made.
 
 Precedence of every field: environment (`SPOT_<FIELD>`), then the argument, then the default. `resolve` applies
-it, so adapters never read the environment themselves.
+it, so adapters never read the environment themselves. Storage options are the exception: the argument wins over
+the JSON object in `SPOT_STORAGE_OPTIONS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -18,6 +20,7 @@ from typing import Any
 from spot_core.errors import ConfigError
 
 ENV_PREFIX = "SPOT_"
+STORAGE_OPTIONS = "SPOT_STORAGE_OPTIONS"
 
 # Instance-store mounts of the images people rent, in the order tried.
 NVME_MOUNTS = (
@@ -45,7 +48,8 @@ class SpotConfig:
     resume: False starts afresh although checkpoints exist.
     start_timeout_s: how long an unreachable remote is tried at start before giving up.
     drain_timeout_s: how long the end of training waits for the remote before it says so and returns.
-    storage_options: passed to the remote's fsspec filesystem; may hold secrets, never logged or stored.
+    storage_options: passed to the remote's fsspec filesystem; may hold secrets, never logged or stored. Its
+        variable holds a JSON object and counts only where the argument is not given.
     """
 
     remote: str
@@ -106,6 +110,8 @@ class SpotConfig:
             text = environ.get(ENV_PREFIX + name.upper())
             if text:
                 merged[name] = _parse(name, text, hints[name])
+        if "storage_options" not in merged:
+            merged["storage_options"] = storage_options_from(environ)
         if "remote" not in merged:
             raise ConfigError('no remote: pass remote="s3://bucket/my-run" (any fsspec URL or path) or set SPOT_REMOTE')
         merged["remote"] = absolute_url(str(merged["remote"]))
@@ -114,8 +120,25 @@ class SpotConfig:
 
 
 def option_names() -> list[str]:
-    """Fields that an environment variable can set: all but storage_options, which may hold secrets."""
+    """Fields that an environment variable sets over the argument: all but storage_options."""
     return [f.name for f in dataclasses.fields(SpotConfig) if f.name != "storage_options"]
+
+
+def storage_options_from(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object in `SPOT_STORAGE_OPTIONS`, empty if it is not set.
+
+    Raises ConfigError, which never repeats the value: it may hold secrets.
+    """
+    text = environ.get(STORAGE_OPTIONS, "").strip()
+    try:
+        options = json.loads(text or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f'{STORAGE_OPTIONS} is not valid: it must be a JSON object, such as {{"key": "…", "secret": "…"}}'
+        )
+    return options
 
 
 def absolute_url(url: str) -> str:

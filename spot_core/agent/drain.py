@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
-from spot_core.errors import CommitConflictError, CorruptCheckpointError
+from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierError
 from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
@@ -31,8 +31,9 @@ class Drain:
         self._local, self._remote = local, remote
         self._incarnation = incarnation
         self._keep_local, self._keep_remote = keep_local, keep_remote
-        self._durable: set[CheckpointName] = set(resume.names(remote))
-        self._completed: set[CheckpointName] = set(resume.completions(remote))
+        self._durable: set[CheckpointName] = set()
+        self._completed: set[CheckpointName] = set()
+        self._is_remote_listed = False
         self._refused: set[CheckpointName] = set()
         self._pins: dict[CheckpointName, CheckpointName | None] = {}
 
@@ -40,16 +41,28 @@ class Drain:
     def newest_durable(self) -> CheckpointName | None:
         return max(self._durable, default=None)
 
+    @property
+    def refused(self) -> frozenset[CheckpointName]:
+        """Local commits that are not drained: damaged, or another writer's."""
+        return frozenset(self._refused)
+
     def pending(self) -> list[CheckpointName]:
-        """Local commits worth uploading, in order of value."""
+        """Local commits worth uploading, in order of value. Raises TierError."""
+        self._list_remote()
         local = resume.names(self._local)
-        everything = set(local) | self._durable
         worthless = set(
             retention.superseded(
-                everything, keep=self._keep_remote, durable=self._durable, pinned=self._pinned(everything)
+                {*local, *self._durable}, keep=self._keep_remote, durable=self._durable, pinned=self._pinned(local)
             )
         )
         return [name for name in local if name not in self._durable | self._refused | worthless]
+
+    def _list_remote(self) -> None:
+        # At first use, not at construction: a remote that is down then is retried like at any other time.
+        if not self._is_remote_listed:
+            self._durable.update(resume.names(self._remote))
+            self._completed.update(resume.completions(self._remote))
+            self._is_remote_listed = True
 
     def step(self, on_progress: OnProgress) -> tuple[CheckpointName, float] | None:
         """Drain the most valuable pending checkpoint; None if there is none.
@@ -79,6 +92,8 @@ class Drain:
 
     def _upload(self, manifest: Manifest, on_progress: OnProgress) -> None:
         incarnation.check_fence(self._remote, self._incarnation)
+        if self._is_on_remote(manifest):
+            return
         folder, done = layout.checkpoint(manifest.name), 0
 
         def on_bytes(count: int) -> None:
@@ -88,8 +103,12 @@ class Drain:
 
         def copy(file: FileRecord) -> None:
             path = f"{folder}/{file.path}"
-            self._remote.upload(self._local.path(path), path, on_bytes)
-            check_record(self._remote.record(path), file, f"{self._remote.url}/{folder}")
+            try:
+                self._remote.upload(self._local.path(path), path, on_bytes)
+                check_record(self._remote.record(path), file, f"{self._remote.url}/{folder}")
+            except FileNotFoundError as error:
+                # Taken by the agent of a newer life: the next attempt meets its fence.
+                raise TierError(f"{path} vanished while it was drained: {error}") from error
 
         on_progress(manifest.name, 0, manifest.total_bytes)
         with ThreadPoolExecutor(4) as pool:
@@ -102,6 +121,17 @@ class Drain:
             self._refused.add(manifest.name)
             raise
 
+    def _is_on_remote(self, manifest: Manifest) -> bool:
+        """Whether an earlier attempt got through although its reply was lost: committed files are not written again."""
+        try:
+            found = self._remote.read(layout.manifest(manifest.name))
+        except FileNotFoundError:
+            return False
+        if found != manifest.to_json():
+            self._refused.add(manifest.name)
+            raise CommitConflictError(f"{manifest.name} exists in {self._remote.url} with other content")
+        return True
+
     def _drain_completions(self) -> None:
         ended = resume.completions(self._local)
         for name in ended.keys() - self._completed:
@@ -111,18 +141,18 @@ class Drain:
 
     def prune(self) -> None:
         """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
+        pinned = self._pinned(resume.names(self._local))
         for tier, keep in ((self._remote, self._keep_remote), (self._local, self._keep_local)):
-            present = set(resume.names(tier))
-            doomed = retention.superseded(
-                present, keep=keep, durable=self._durable, pinned=self._pinned(present | self._durable)
-            )
+            doomed = retention.superseded(resume.names(tier), keep=keep, durable=self._durable, pinned=pinned)
             retention.delete_checkpoints(tier, doomed)
             if tier is self._remote:
                 self._durable -= set(doomed)
 
-    def _pinned(self, present: set[CheckpointName]) -> set[CheckpointName]:
-        """What the newest checkpoints refer to: a reference from any that stays keeps its target."""
-        kept = sorted(present, reverse=True)[: max(self._keep_local, self._keep_remote)]
+    def _pinned(self, local: Collection[CheckpointName]) -> set[CheckpointName]:
+        """What the checkpoints that stay refer to: kept on either tier, or still to be drained."""
+        newest = self.newest_durable
+        kept = {*sorted(local)[-self._keep_local :], *sorted(self._durable)[-self._keep_remote :]}
+        kept.update(name for name in local if newest is None or name > newest)
         return {pin for pin in map(self._pin, kept) if pin is not None}
 
     def _pin(self, name: CheckpointName) -> CheckpointName | None:

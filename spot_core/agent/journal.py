@@ -94,7 +94,7 @@ class Journal:
 
     def read_status(self) -> AgentStatus | None:
         body = _read(self._file("agent.json"))
-        return AgentStatus(**body) if body else None
+        return AgentStatus(**{slot: body[slot] for slot in AgentStatus.__slots__ if slot in body}) if body else None
 
     @property
     def log_path(self) -> Path:

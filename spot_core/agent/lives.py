@@ -60,10 +60,10 @@ class Life:
         return cls(**{slot: body[slot] for slot in cls.__slots__ if slot in body})
 
 
-def read_lives(tier: Tier) -> list[Life]:
+def read_lives(tier: Tier, *, most: int = _MOST_LIVES) -> list[Life]:
     """The newest lives of a run, oldest first. A record that cannot be read is skipped with a line in the log."""
     found = []
-    for entry in tier.list(layout.LIVES)[-_MOST_LIVES:]:
+    for entry in tier.list(layout.LIVES)[-most:]:
         if layout.numbered(entry) is None:
             continue
         try:

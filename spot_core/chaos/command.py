@@ -19,7 +19,9 @@ from spot_core.errors import ConfigError
 
 def chaos(
     command: Annotated[list[str], typer.Argument(help="The command to run, after --")],
-    kill_every: Annotated[float, typer.Option(help="Mean seconds between kills; each is drawn from 0.5 to 1.5 times it")],
+    kill_every: Annotated[
+        float, typer.Option(help="Mean seconds between kills; each is drawn from 0.5 to 1.5 times it")
+    ],
     lives: Annotated[int, typer.Option(help="How many lives are killed; the next one may finish")] = 4,
     wipe: Annotated[list[int] | None, typer.Option(help="This kill, counted from 1, also loses the local tier")] = None,
     remote: Annotated[str | None, typer.Option(envvar="SPOT_REMOTE", help="URL of the run's folder")] = None,

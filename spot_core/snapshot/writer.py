@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,11 +69,10 @@ class CheckpointWriter:
         """Wait for the snapshot being written; returns whether it is."""
         if self._current is None:
             return True
-        try:
-            self._current.result(timeout_s)
-            return True
-        except TimeoutError:
+        if not wait([self._current], timeout_s).done:
             return False
+        self._current.result()
+        return True
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

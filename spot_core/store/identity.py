@@ -39,7 +39,12 @@ def read_run(tier: Tier) -> dict[str, Any] | None:
                 f"{tier.url} was written by format version {body['format_version']}, this release reads "
                 f"{FORMAT_VERSION}: upgrade spot-callbacks; nothing was changed"
             )
-        return {"run_id": str(body["run_id"]), "framework": str(body["framework"]), "facts": dict(body["facts"])}
+        return {
+            "run_id": str(body["run_id"]),
+            "framework": str(body["framework"]),
+            "facts": dict(body["facts"]),
+            "created": body.get("created"),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{tier.url}/{layout.RUN} is damaged: {error!r}") from error
 

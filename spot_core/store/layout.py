@@ -55,6 +55,11 @@ def completion(name: CheckpointName) -> str:
     return f"{MANIFESTS}/{name}{_COMPLETE}"
 
 
+def committed(entry: str) -> CheckpointName | None:
+    """The checkpoint whose manifest an entry of `manifests/` is, or None."""
+    return CheckpointName.parse(entry.removesuffix(".json")) if entry.endswith(".json") else None
+
+
 def completed(entry: str) -> CheckpointName | None:
     """The checkpoint that an entry of `manifests/` marks as the end of training, or None."""
     return CheckpointName.parse(entry.removesuffix(_COMPLETE)) if entry.endswith(_COMPLETE) else None

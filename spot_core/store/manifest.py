@@ -87,14 +87,16 @@ class Manifest:
                 )
             if body["name"] != str(name) or body["digest"] != DIGEST:
                 raise ValueError(f"it names {body['name']!r} with digest {body['digest']!r}")
-            files = tuple(FileRecord(str(f["path"]), int(f["bytes"]), str(f["digest"])) for f in body["files"])
+            files = tuple(FileRecord(f["path"], f["bytes"], f["digest"]) for f in body["files"])
             _check_files(files)
             known = {slot for slot in cls.__slots__ if slot in body}
             values = {key: body[key] for key in known}
             values |= {"name": name, "files": files, "notes": tuple(body.get("notes", ()))}
-            values["pins"] = CheckpointName.parse(body["pins"]) if body.get("pins") else None
-            return cls(**values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            values["pins"] = _pin(body.get("pins"))
+            manifest = cls(**values)
+            _check_fields(manifest)
+            return manifest
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptCheckpointError(f"manifest {name} is damaged: {error!r}") from error
 
 
@@ -103,11 +105,40 @@ def _check_files(files: tuple[FileRecord, ...]) -> None:
         raise ValueError("it lists no files")
     seen = set()
     for file in files:
-        path = PurePosixPath(file.path)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in file.path or "\0" in file.path:
-            raise ValueError(f"path {file.path!r} leaves the checkpoint's folder")
-        if str(path) in seen:
+        path = _inside(file.path)
+        if path in seen:
             raise ValueError(f"path {file.path!r} is listed twice")
-        if not 0 <= file.bytes <= _LARGEST_FILE_BYTES or len(file.digest) != 64:
+        if type(file.bytes) is not int or not 0 <= file.bytes <= _LARGEST_FILE_BYTES or len(file.digest) != 64:
             raise ValueError(f"record of {file.path!r} is not plausible")
-        seen.add(str(path))
+        seen.add(path)
+
+
+def _check_fields(manifest: Manifest) -> None:
+    _inside(manifest.native)
+    texts = (manifest.run, manifest.framework, *manifest.notes)
+    numbers = (manifest.epoch, manifest.useful_s, manifest.created)
+    mappings = (manifest.versions, manifest.world, manifest.loggers)
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, (int, float)) for number in numbers)
+        and all(isinstance(mapping, Mapping) for mapping in mappings)
+        and isinstance(manifest.base_fingerprint, (str, type(None)))
+    ):
+        raise ValueError("a field has the wrong type")
+
+
+def _inside(text: str) -> str:
+    """The path in one spelling. Raises ValueError if it leaves the checkpoint's folder."""
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in text or "\0" in text:
+        raise ValueError(f"path {text!r} leaves the checkpoint's folder")
+    return str(path)
+
+
+def _pin(text: str | None) -> CheckpointName | None:
+    if text is None:
+        return None
+    name = CheckpointName.parse(text)
+    if name is None:
+        raise ValueError(f"it pins {text!r}")
+    return name

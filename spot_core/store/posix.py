@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,37 +52,35 @@ class PosixTier:
         target = self.path(path)
         with _translated(f"create {target}"):
             self.make_folder(target.parent)
-            temporary = _temporary(target)
-            write_durably(temporary, data)
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                if target.read_bytes() != data:
-                    raise CommitConflictError(f"{target} exists with other content") from None
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                _create_exclusively(target, data)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with _temporary(target) as temporary:
+                write_durably(temporary, data)
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    if target.read_bytes() != data:
+                        raise CommitConflictError(f"{target} exists with other content") from None
+                except OSError as error:
+                    if error.errno not in _NO_HARD_LINKS:
+                        raise
+                    _create_exclusively(target, data)
             fsync_folder(target.parent)
 
     def replace(self, path: str, data: bytes) -> None:
         target = self.path(path)
         with _translated(f"write {target}"):
             self.make_folder(target.parent)
-            temporary = _temporary(target)
-            write_durably(temporary, data)
-            os.replace(temporary, target)
+            with _temporary(target) as temporary:
+                write_durably(temporary, data)
+                os.replace(temporary, target)
             fsync_folder(target.parent)
 
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
         target = self.path(path)
         with _translated(f"write {target}"):
             self.make_folder(target.parent)
-            temporary = _temporary(target)
-            _copy_durably(source, temporary, on_bytes)
-            os.replace(temporary, target)
+            with _temporary(target) as temporary:
+                _copy_durably(source, temporary, on_bytes)
+                os.replace(temporary, target)
             fsync_folder(target.parent)
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
@@ -95,11 +94,14 @@ class PosixTier:
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
             target = self.path(path)
-            with _translated(f"delete {target}"):
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
+            with _translated(f"delete {target}"), contextlib.suppress(FileNotFoundError):
+                while target.is_dir() and not target.is_symlink():
+                    # Another life's agent may be deleting here too: what it took first is no error.
+                    with contextlib.suppress(FileNotFoundError):
+                        shutil.rmtree(target)
+                target.unlink(missing_ok=True)
+                # A manifest must be gone for good before its files go.
+                fsync_folder(target.parent)
 
     # -- the local commit ----------------------------------------------------------------------------------
 
@@ -116,12 +118,17 @@ class PosixTier:
         """Publish a staged folder whose files are already fsynced. Crash-safe at every point in between.
 
         1. fsync the staged folders. 2. rename into place. 3. fsync the parent. 4. create the manifest.
+        Raises CommitConflictError if this name is committed already.
         """
         final = self.path(layout.checkpoint(manifest.name))
+        if self.path(layout.manifest(manifest.name)).exists():
+            raise CommitConflictError(f"{final} is committed already")
         with _translated(f"commit {final}"):
             for folder, _, _ in os.walk(staged):
                 fsync_folder(Path(folder))
             self.make_folder(final.parent)
+            # An attempt that got no manifest left files here: they are not a checkpoint, and in the way of the rename.
+            self.delete([layout.checkpoint(manifest.name)])
             os.replace(staged, final)
             fsync_folder(final.parent)
         self.create(layout.manifest(manifest.name), manifest.to_json())
@@ -213,8 +220,14 @@ def _copy_durably(source: Path, target: Path, on_bytes: OnBytes) -> None:
         os.fsync(writer.fileno())
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".tmp-{os.getpid()}-{target.name}")
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name next to `target` that was never used: a dead process's file may be a link to a committed one."""
+    path = target.with_name(f".tmp-{uuid.uuid4().hex}-{target.name}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

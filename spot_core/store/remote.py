@@ -8,6 +8,7 @@ open such a tier: fsspec's event loop must not live in a process that forks Data
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +33,13 @@ from spot_core.store.tier import CHUNK_BYTES, OnBytes, unknown_scheme
 PART_BYTES = 16 << 20
 PARALLEL_PARTS = 4
 
-# Settings that every store of the scheme needs; the user's storage_options win.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "use_listings_cache": False,
-        "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}},
-    }
+# Answers to a conditional write whose name exists, or is being written by another.
+_REFUSED_CREATE = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
+
+# The user's storage_options win.
+_S3_DEFAULTS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}},
 }
 
 
@@ -47,14 +49,19 @@ class FsspecTier:
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         scheme = url.partition("://")[0]
-        options = {**_DEFAULTS.get(scheme, {}), **storage_options}
+        self._is_s3 = scheme in {"s3", "s3a"}
+        options = {**(_S3_DEFAULTS if self._is_s3 else {}), **storage_options}
         try:
             self._fs, self._root = fsspec.url_to_fs(self.url, **options)
         except (ValueError, ImportError) as error:
             raise unknown_scheme(url, error) from error
         except TypeError as error:
             raise ConfigError(f"storage_options are not valid for {scheme}://: {error}") from error
-        self._is_s3 = scheme in {"s3", "s3a"}
+        if glob.has_magic(self._root):
+            # fsspec expands them when it deletes: `run*` would take every run that starts so.
+            raise ConfigError(
+                f"{url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
+            )
 
     def _path(self, relative: str) -> str:
         return f"{self._root}/{relative}"
@@ -64,40 +71,37 @@ class FsspecTier:
             self._fs.invalidate_cache(self._path(folder))
             try:
                 entries = self._fs.ls(self._path(folder), detail=False)
-            except FileNotFoundError:
-                self._check_bucket()
-                return []
+            except FileNotFoundError as error:
+                if _code(error) is None:
+                    return []
+                # An error of the server, such as NoSuchBucket, is no empty listing. Creating the bucket is the
+                # owner's decision, never a side effect.
+                raise TierDeniedError(f"cannot list {self.url}/{folder}: {error}") from error
             return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
-
-    def _check_bucket(self) -> None:
-        # A missing bucket lists like an empty folder. Creating it is the owner's decision, never a side effect.
-        bucket = self._root.partition("/")[0]
-        if self._is_s3 and not self._fs.exists(bucket):
-            raise TierDeniedError(f"bucket {bucket!r} does not exist or is not visible with these credentials")
 
     def read(self, path: str) -> bytes:
         with _translated(f"read {self.url}/{path}"):
             return bytes(self._fs.cat_file(self._path(path)))
 
     def create(self, path: str, data: bytes) -> None:
+        refusal: Exception | None = None
         try:
             with _translated(f"create {self.url}/{path}"):
                 self._fs.pipe_file(self._path(path), data, mode="create")
-        except FileExistsError:
-            pass
+        except TierDeniedError:
+            raise
+        except (FileExistsError, TierError) as error:
+            # The PUT may have landed although its reply did not: only reading back can tell.
+            refusal = error
+        try:
+            found = self.read(path)
+        except FileNotFoundError as error:
+            raise TierError(f"cannot create {self.url}/{path}: it is not there ({refusal})") from refusal or error
         except TierDeniedError:
             raise
         except TierError as error:
-            # The PUT may have landed although its reply did not: only reading back can tell.
-            try:
-                found = self.read(path)
-            except FileNotFoundError:
-                raise error from None
-            except TierError:
-                raise CommitUnknownError(f"outcome of creating {self.url}/{path} is unknown") from error
-            if found == data:
-                return
-        if self.read(path) != data:
+            raise CommitUnknownError(f"outcome of creating {self.url}/{path} is unknown: {error}") from error
+        if found != data:
             raise CommitConflictError(f"{self.url}/{path} exists with other content")
 
     def replace(self, path: str, data: bytes) -> None:
@@ -119,7 +123,7 @@ class FsspecTier:
 
                 def fetch(start: int) -> None:
                     data = self._fs.cat_file(self._path(path), start=start, end=min(start + PART_BYTES, size))
-                    os.pwrite(descriptor, data, start)
+                    _pwrite_all(descriptor, data, start)
                     on_bytes(len(data))
 
                 if size > PART_BYTES:
@@ -152,28 +156,35 @@ def _translated(what: str) -> Iterator[None]:
     """Map what fsspec and the client under it raise onto this project's errors."""
     try:
         yield
-    except (SpotError, FileNotFoundError):
+    except (SpotError, FileExistsError):
         raise
-    except FileExistsError:
+    except FileNotFoundError as error:
+        if _code(error) == "NoSuchBucket":
+            raise TierDeniedError(f"cannot {what}: {error}") from error
         raise
     except PermissionError as error:
         raise TierDeniedError(f"cannot {what}: permission denied ({error})") from error
     except Exception as error:
-        if _is_precondition(error):
-            raise FileExistsError(what) from error
+        if _code(error) in _REFUSED_CREATE:
+            raise FileExistsError(what) from error  # some servers make s3fs report it as EINVAL
         denied = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
         kind = TierDeniedError if denied else TierError
         raise kind(f"cannot {what}: {type(error).__name__}: {error}") from error
 
 
-def _is_precondition(error: BaseException) -> bool:
-    """Whether a conditional write was refused; some servers make s3fs report it as EINVAL."""
+def _code(error: BaseException) -> str | None:
+    """The error code of the S3 response behind `error`, None if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
-            code = response.get("Error", {}).get("Code")
-            if code in {"PreconditionFailed", "ConditionalRequestConflict", "412"}:
-                return True
+            return str(response.get("Error", {}).get("Code"))
         cause = cause.__cause__
-    return False
+    return None
+
+
+def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from spot_core.errors import CorruptCheckpointError, TierDeniedError, TierError
+from spot_core.errors import CommitUnknownError, CorruptCheckpointError, TierDeniedError, TierError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier
-from spot_core.store.tier import Tier, check_record, digest_file
+from spot_core.store.tier import OnBytes, Tier, check_record, digest_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Restored:
 
 def names(tier: Tier) -> list[CheckpointName]:
     """Every committed checkpoint of a tier, newest first: one LIST."""
-    found = (CheckpointName.parse(entry.removesuffix(".json")) for entry in tier.list(layout.MANIFESTS))
+    found = map(layout.committed, tier.list(layout.MANIFESTS))
     return sorted((name for name in found if name is not None), reverse=True)
 
 
@@ -64,16 +65,31 @@ def read_manifest(tier: Tier, name: CheckpointName) -> Manifest:
 
 def verify(tier: Tier, manifest: Manifest) -> None:
     """Read back every file of a committed checkpoint. Raises CorruptCheckpointError naming the first bad one."""
+    problems = damaged_files(tier, manifest, lambda _: None)
+    if problems:
+        raise CorruptCheckpointError(problems[0])
+
+
+def damaged_files(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> list[str]:
+    """Read back every file of a committed checkpoint; one sentence for each that is missing or differs.
+
+    on_bytes is called from several threads, once a file. Raises TierError if the tier cannot be read.
+    """
     folder = layout.checkpoint(manifest.name)
 
-    def check(file: FileRecord) -> None:
+    def check(file: FileRecord) -> str | None:
         try:
             check_record(tier.record(f"{folder}/{file.path}"), file, f"{tier.url}/{folder}")
-        except FileNotFoundError as error:
-            raise CorruptCheckpointError(f"{tier.url}/{folder}/{file.path} is missing") from error
+        except FileNotFoundError:
+            return f"{tier.url}/{folder}/{file.path} is missing"
+        except CorruptCheckpointError as error:
+            return str(error)
+        finally:
+            on_bytes(file.bytes)
+        return None
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, manifest.files))
+        return [problem for problem in pool.map(check, manifest.files) if problem is not None]
 
 
 def newest_valid(local: PosixTier, remote: Tier, on_progress: OnProgress) -> Restored | None:
@@ -114,7 +130,7 @@ def fetch(
             if there:
                 logger.warning("local copy of checkpoint %s is damaged, using the remote one: %s", name, error)
     if not there:
-        raise CorruptCheckpointError(str(problem)) from problem
+        raise CorruptCheckpointError(str(problem or f"checkpoint {name} is on neither tier")) from problem
     try:
         manifest = read_manifest(remote, name)
     except FileNotFoundError as error:
@@ -123,16 +139,24 @@ def fetch(
     return Restored(manifest, "remote")
 
 
-def download_files(manifest: Manifest, remote: Tier, targets: Iterable[Path], on_progress: OnProgress) -> None:
-    """Download and verify every file of `manifest` to `targets`, in the same order."""
-    folder, done = layout.checkpoint(manifest.name), 0
+def download_files(
+    manifest: Manifest,
+    remote: Tier,
+    targets: Iterable[Path],
+    on_progress: OnProgress,
+    *,
+    files: Sequence[FileRecord] | None = None,
+) -> None:
+    """Download and verify `files` of `manifest` (all by default) to `targets`, in the same order."""
+    files = manifest.files if files is None else files
+    folder, done, total = layout.checkpoint(manifest.name), 0, sum(file.bytes for file in files)
 
     def on_bytes(count: int) -> None:
         nonlocal done
         done += count
-        on_progress(done, manifest.total_bytes)
+        on_progress(done, total)
 
-    for file, path in zip(manifest.files, targets, strict=True):
+    for file, path in zip(files, targets, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             remote.download(f"{folder}/{file.path}", path, on_bytes)
@@ -143,15 +167,16 @@ def download_files(manifest: Manifest, remote: Tier, targets: Iterable[Path], on
 
 def _download(manifest: Manifest, local: PosixTier, remote: Tier, on_progress: OnProgress, *, replace: bool) -> None:
     staged = local.stage(manifest.name)
-    download_files(manifest, remote, [staged / file.path for file in manifest.files], on_progress)
+    try:
+        download_files(manifest, remote, [staged / file.path for file in manifest.files], on_progress)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
     if replace:
         local.set_aside(manifest.name)
-    else:
-        # Files without a manifest are what a crash left; they are not a checkpoint.
-        local.delete([layout.checkpoint(manifest.name)])
     local.commit(staged, manifest)
 
 
 def is_final(error: Exception) -> bool:
     """Whether retrying `error` is pointless."""
-    return not isinstance(error, TierError) or isinstance(error, TierDeniedError)
+    return not isinstance(error, (TierError, CommitUnknownError)) or isinstance(error, TierDeniedError)

@@ -33,7 +33,7 @@ class JobSpec:
     """What to train. folder: output, tiers and logs go there. arguments: for TrainingArguments."""
 
     folder: str
-    kind: str = "lora"  # lora, full, sft, batchnorm
+    kind: str = "lora"  # lora, lora_wide, full, sft, batchnorm
     data: str = "map"  # map, augmented, stream
     has_callback: bool = True
     interval_s: float | None = 0.001  # a checkpoint at every boundary where the writer is free
@@ -129,22 +129,28 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-def die_at_operation(number: int) -> None:
-    """From now on count what the process does to files; at the given one, die before it happens."""
+def die_at_operation(number: int, record: Path) -> None:
+    """From now on count what the process does to files; at the given one, die before it happens.
+
+    The count at each link, which is where a manifest appears, goes to `record`.
+    """
     count = 0
 
-    def counted(original: Any) -> Any:
+    def counted(original: Any, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
             count += 1
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name == "link":
+                with open(record, "a") as file:
+                    file.write(f"{count}\n")
             return original(*args, **kwargs)
 
         return call
 
     for name in ("write", "fsync", "replace", "link", "mkdir", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+        setattr(os, name, counted(getattr(os, name), name))
 
 
 def model_of(kind: str) -> torch.nn.Module:
@@ -163,8 +169,9 @@ def model_of(kind: str) -> torch.nn.Module:
     if kind == "batchnorm":
         model.model.norm = NormWithStatistics(32)
     saved = ["lm_head"] if kind == "lora" else None
+    rank = 8 if kind == "lora_wide" else 4
     return get_peft_model(
-        model, LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+        model, LoraConfig(r=rank, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
     )
 
 
@@ -206,7 +213,9 @@ def trainer_of(spec: JobSpec) -> Trainer:
     if spec.kind == "sft":
         return _sft_trainer(arguments, callbacks)
     grouped = arguments.get("train_sampling_strategy") == "group_by_length"
-    train: Any = Ragged(SAMPLES, is_augmented=False) if grouped else Tokens(SAMPLES, is_augmented=spec.data == "augmented")
+    train: Any = (
+        Ragged(SAMPLES, is_augmented=False) if grouped else Tokens(SAMPLES, is_augmented=spec.data == "augmented")
+    )
     if spec.data == "stream":
         train = Stream(SAMPLES)
     return Trainer(
@@ -254,16 +263,18 @@ def run(spec: JobSpec) -> None:
 
     trainer.model.register_forward_pre_hook(log_ids, with_kwargs=True)
     if spec.dies is not None and spec.dies.startswith("operation:"):
-        die_at_operation(int(spec.dies.partition(":")[2]))
+        die_at_operation(int(spec.dies.partition(":")[2]), folder / "operations.txt")
     kwargs = {} if spec.resume is None else {"resume_from_checkpoint": spec.resume}
     trainer.train(**kwargs)
-    final = {name: p for name, p in trainer.model.state_dict().items()}
+    final = dict(trainer.model.state_dict())
     final |= {
         f"optimizer.{i}.{key}": value
         for i, state in trainer.optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    torch.save({"tensors": final, "log": trainer.state.log_history, "step": trainer.state.global_step}, folder / "final.pt")
+    torch.save(
+        {"tensors": final, "log": trainer.state.log_history, "step": trainer.state.global_step}, folder / "final.pt"
+    )
 
 
 def main(spec: dict[str, Any], log_path: str) -> None:

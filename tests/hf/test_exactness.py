@@ -32,7 +32,10 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "full fine-tune": ({"kind": "full", "arguments": EVERY_FEW}, ["step:8", "evaluation:12"]),
     "full fine-tune, accumulation, workers": ({"kind": "full", "arguments": {**ACCUMULATED, **WORKERS}}, ["step:3"]),
     "SFTTrainer": ({"kind": "sft"}, ["step:4", "step:15"]),
-    "group by length": ({"arguments": {"train_sampling_strategy": "group_by_length"}}, ["step:4", "step:13", "epoch:2"]),
+    "group by length": (
+        {"arguments": {"train_sampling_strategy": "group_by_length"}},
+        ["step:4", "step:13", "epoch:2"],
+    ),
     "random augmentation": ({"data": "augmented"}, ["step:4", "step:10", "step:19"]),
     "random augmentation, accumulation, evaluation": (
         {"data": "augmented", "arguments": {**ACCUMULATED, **EVERY_FEW}},

@@ -1,0 +1,87 @@
+"""The trainings whose checkpoints are measured: an ordinary `transformers.Trainer`, random weights and random tokens.
+
+`lora` has the 224 pairs of adapter matrices that LoRA on every linear layer of a 7-8B Llama has (32 layers, rank 16);
+the base is narrower, so that the CPU gets through a forward and backward in about a second. `full` trains every
+parameter of a small Llama. Adam's moments are fp32 in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+_VOCABULARY = 512
+_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Llama and its batch. rank: of the LoRA adapters, None to train everything. tokens: per sequence."""
+
+    layers: int
+    width: int
+    inner: int
+    rank: int | None
+    batch: int
+    tokens: int
+
+
+SHAPES = {
+    "tiny": Shape(layers=2, width=64, inner=128, rank=4, batch=2, tokens=16),
+    "lora": Shape(layers=32, width=1024, inner=3584, rank=16, batch=1, tokens=64),
+    "full": Shape(layers=6, width=768, inner=2048, rank=None, batch=2, tokens=128),
+}
+
+
+class RandomTokens(Dataset[dict[str, torch.Tensor]]):
+    """Blocks of random tokens, the same at every call."""
+
+    def __init__(self, count: int, tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(_VOCABULARY, (count, tokens), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[index], "labels": self._ids[index]}
+
+
+def make_trainer(shape: Shape, folder: Path, *, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
+    """A Trainer for `steps` steps of one epoch that neither logs nor saves by itself."""
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=shape.batch,
+        learning_rate=1e-4,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    blocks = RandomTokens(2 * steps * shape.batch, shape.tokens)
+    return Trainer(model=_model(shape), args=arguments, train_dataset=blocks, callbacks=callbacks)
+
+
+def _model(shape: Shape) -> PreTrainedModel:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=8,
+            num_key_value_heads=2 if shape.rank else 8,
+            max_position_embeddings=shape.tokens,
+        )
+    )
+    if shape.rank is None:
+        return model
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=shape.rank, target_modules=_LINEAR))

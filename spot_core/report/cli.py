@@ -1,0 +1,200 @@
+"""`spot`: look at runs, verify them, bring a checkpoint home, drain by hand. Imports no torch.
+
+Tables go to standard output, messages to standard error. Errors of this project end a command with a message and
+the exit codes below, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from spot_core.chaos.command import chaos
+from spot_core.config import storage_options_from
+from spot_core.errors import ConfigError, FencedError, SpotError
+from spot_core.report import draining, places, runs, status, status_report, tables, verify
+from spot_core.report import restore as restoring
+from spot_core.report.log import make_visible
+from spot_core.report.progress import byte_bar
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_FENCED = 1, 2, 4
+
+app = typer.Typer(
+    name="spot",
+    help="Runs on spot GPUs: what is stored, whether it is whole, and how to get it back.",
+    epilog="URL is any fsspec URL or a path. SPOT_STORAGE_OPTIONS holds the file system's options, such as "
+    "credentials, as a JSON object.\n\n"
+    "Exit codes: 0 done, 1 damage or storage that does not answer, 2 wrong call or place, 4 a newer life exists.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunUrl = Annotated[str, typer.Argument(metavar="URL", help="The run's folder: s3://bucket/my-run, or a path.")]
+AnyUrl = Annotated[str, typer.Argument(metavar="URL", help="A run's folder, or a folder that holds runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines: units in the names, keys stay.")]
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"spot {importlib.metadata.version('spot-callbacks')}")
+        raise typer.Exit
+
+
+@app.callback()
+def spot(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    make_visible()
+
+
+@app.command()
+def ls(url: AnyUrl, as_json: AsJson = False) -> None:
+    """List the runs under a root, or the checkpoints of a run, newest first."""
+    now = time.time()
+    run, below = places.open_runs(url, _options())
+    if run is None:
+        views = places.in_parallel(lambda each: runs.summary(each, now=now), below)
+        if as_json:
+            _print_json({"url": url, "runs": [dataclasses.asdict(view) for view in views]})
+        else:
+            tables.show(tables.runs_table(views))
+        return
+    stored = runs.checkpoints(run.tier, now=now)
+    if as_json:
+        _print_json({"url": url, "run": run.name, "checkpoints": [dataclasses.asdict(view) for view in stored]})
+    else:
+        tables.show(tables.checkpoints_table(stored))
+
+
+@app.command("status")
+def show_status(
+    url: RunUrl,
+    local: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's local folder: shows what is not drained yet.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run stands: its lives, what is durable, what is at risk, and its goodput."""
+    view = status.status(places.open_run(url, _options()), local, now=time.time())
+    if as_json:
+        _print_json(dataclasses.asdict(view))
+    else:
+        tables.show(status_report.status_report(view))
+
+
+@app.command("verify")
+def verify_stored(url: AnyUrl, as_json: AsJson = False) -> None:
+    """Read every file of every checkpoint back and compare it with its manifest. Exits 1 if anything is damaged."""
+    run, below = places.open_runs(url, _options())
+    views = []
+    for each in below if run is None else [run]:
+        with byte_bar(f"verifying {each.name}") as on_progress:
+            views.append(verify.verify_run(each, on_progress))
+    if as_json:
+        body = [{**dataclasses.asdict(view), "is_sound": view.is_sound} for view in views]
+        _print_json({"url": url, "is_sound": all(view.is_sound for view in views), "runs": body})
+    else:
+        tables.show(tables.verify_report(views))
+    if not all(view.is_sound for view in views):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def restore(
+    url: RunUrl,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint's own folder is to appear.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A name that `spot ls` shows. Default: the newest valid one.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(metavar="N", help="The checkpoint of this step.")] = None,
+) -> None:
+    """Download a verified checkpoint, as stock tools load it: DIR/checkpoint-N."""
+    tier = places.open_run(url, _options()).tier
+    choice = restoring.choose(tier, checkpoint=checkpoint, step=step)
+    folder = to.expanduser().absolute()
+    restored = restoring.restore(tier, folder, choice=choice, progress_bar=lambda: byte_bar("restoring"))
+    typer.echo(f"step {restored.manifest.step}, verified: {restored.path}")
+    typer.echo(f"load it with: {restoring.how_to_load(restored.path)}")
+    if restored.manifest.pins is not None:
+        typer.echo(f"its best model is checkpoint {restored.manifest.pins}, restored with --checkpoint")
+
+
+@app.command()
+def agent(
+    local: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder on this host.")],
+    remote: Annotated[str, typer.Option(metavar="URL", help="The run's folder on the remote.", envvar="SPOT_REMOTE")],
+    once: Annotated[bool, typer.Option("--once", help="Drain what is there, then leave.")] = False,
+    keep_local: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, envvar="SPOT_KEEP_LOCAL", help="Prune DIR to the newest N. Default: keep all."
+        ),
+    ] = None,
+    keep_remote: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, envvar="SPOT_KEEP_REMOTE", help="Prune the remote to the newest N. Default: keep all."
+        ),
+    ] = None,
+) -> None:
+    """Drain a run's local folder to the remote by hand, or beside a trainer that shares the folder."""
+    drain = draining.open_drain(local, remote, _options(), keep_local=keep_local, keep_remote=keep_remote)
+    if once:
+        drain.once()
+    else:
+        drain.watch(draining.stop_on_signals())
+
+
+app.command("chaos")(chaos)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow still gets its table
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="spot")
+    except SpotError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"spot: {_message(error)}", style="red"))
+        return exit_code(error)
+    return 0
+
+
+def exit_code(error: SpotError) -> int:
+    if isinstance(error, FencedError):
+        return EXIT_FENCED
+    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_ERROR
+
+
+def _options() -> dict[str, Any]:
+    return storage_options_from(os.environ)
+
+
+def _message(error: SpotError) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text or type(error).__name__
+
+
+def _print_json(body: dict[str, Any]) -> None:
+    typer.echo(json.dumps(body, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

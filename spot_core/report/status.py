@@ -1,0 +1,180 @@
+"""`spot status`: one run as it stands, and with its local folder at hand, what has not reached the remote yet.
+
+Goodput here is useful training time in the newest checkpoint over the time of all lives: what a preemption threw
+away, what a resume cost and what is not yet committed all count against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from spot_core.agent import lives
+from spot_core.agent.journal import AgentStatus, Journal
+from spot_core.errors import ConfigError, CorruptCheckpointError
+from spot_core.report import runs
+from spot_core.report.places import StoredRun
+from spot_core.report.runs import CheckpointView, LifeView
+from spot_core.store import identity, incarnation, layout, resume
+from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentView:
+    """The agent of the newest life on this host. is_alive: its process exists and has not finished its work."""
+
+    pid: int
+    is_alive: bool
+    draining: str | None
+    done_bytes: int
+    total_bytes: int
+    failures: int
+    last_failure: str | None
+    fence: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalView:
+    """The local folder against the remote. undrained: local commits newer than what is durable, newest first.
+
+    step, useful_s: where training is, from the journal. gap_steps, gap_s: training beyond the newest durable
+    checkpoint, which the loss of this instance would cost.
+    """
+
+    folder: str
+    incarnation: int
+    newest: str | None
+    undrained: tuple[str, ...]
+    undrained_bytes: int
+    step: int | None
+    useful_s: float | None
+    gap_steps: int | None
+    gap_s: float | None
+    agent: AgentView | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusView:
+    run: str
+    url: str
+    run_id: str
+    framework: str
+    created_unix_s: float | None
+    facts: dict[str, Any]
+    lives: list[LifeView]
+    claims_without_record: list[int]
+    checkpoints: int
+    size_bytes: int
+    newest_durable: CheckpointView | None
+    damaged_manifests: list[str]
+    is_complete: bool
+    useful_s: float
+    lives_duration_s: float
+    goodput: float | None
+    local: LocalView | None = field(default=None)
+
+
+def status(run: StoredRun, local: Path | None, *, now: float) -> StatusView:
+    """Everything known about a run. local: its folder on this host, or the folder above, shared by runs.
+
+    Raises ConfigError if that folder holds no run or another one.
+    """
+    stored = runs.checkpoints(run.tier, now=now)
+    readable = [checkpoint for checkpoint in stored if checkpoint.error is None]
+    newest = readable[0] if readable else None
+    here = _local(run, newest, local_tier(local, run)) if local is not None else None
+    history = [
+        runs.life_view(life, stored, now=now, step=_step(here, life.incarnation))
+        for life in lives.read_lives(run.tier, most=runs.ALL_LIVES)
+    ]
+    useful_s = (newest.useful_s or 0.0) if newest else 0.0
+    duration_s = round(sum(life.duration_s for life in history), 3)
+    return StatusView(
+        run=run.name,
+        url=run.tier.url,
+        run_id=run.identity["run_id"],
+        framework=run.identity["framework"],
+        created_unix_s=run.identity["created"],
+        facts=dict(run.identity["facts"]),
+        lives=history,
+        claims_without_record=runs.claims_without_record(run.tier, history),
+        checkpoints=len(stored),
+        size_bytes=sum(checkpoint.size_bytes or 0 for checkpoint in stored),
+        newest_durable=newest,
+        damaged_manifests=[checkpoint.error for checkpoint in stored if checkpoint.error is not None],
+        is_complete=newest is not None and newest.is_complete,
+        useful_s=useful_s,
+        lives_duration_s=duration_s,
+        goodput=round(useful_s / duration_s, 4) if duration_s > 0 else None,
+        local=here,
+    )
+
+
+def local_tier(folder: Path, run: StoredRun) -> PosixTier:
+    """The run's local tier at `folder`, or in it under the run's name. Raises ConfigError if it is not there."""
+    for place in (folder, folder / run.name):
+        tier = PosixTier(place)
+        if identity.read_run(tier) is not None:
+            identity.check_same_run(tier, run.identity)
+            return tier
+    raise ConfigError(f"{PosixTier(folder).url} holds no local copy of run {run.name}: there is no {layout.RUN}")
+
+
+def _local(run: StoredRun, newest: CheckpointView | None, tier: PosixTier) -> LocalView:
+    durable = CheckpointName.parse(newest.name) if newest else None
+    here = resume.names(tier)
+    undrained = [name for name in here if durable is None or name > durable]
+    number = incarnation.newest(tier)
+    journal = Journal(tier.root, number)
+    progress, agent = journal.read_progress(), journal.read_status()
+    behind = progress is not None and (durable is None or number >= durable.incarnation)
+    return LocalView(
+        folder=tier.url,
+        incarnation=number,
+        newest=str(here[0]) if here else None,
+        undrained=tuple(map(str, undrained)),
+        undrained_bytes=sum(_size_bytes(tier, name) for name in undrained),
+        step=progress.step if progress else None,
+        useful_s=round(progress.useful_s, 3) if progress else None,
+        gap_steps=max(0, progress.step - (newest.step if newest else 0)) if progress and behind else None,
+        gap_s=round(max(0.0, progress.useful_s - ((newest.useful_s or 0.0) if newest else 0.0)), 3)
+        if progress and behind
+        else None,
+        agent=_agent(agent) if agent else None,
+    )
+
+
+def _step(local: LocalView | None, number: int) -> int:
+    return local.step or 0 if local is not None and local.incarnation == number else 0
+
+
+def _agent(status: AgentStatus) -> AgentView:
+    return AgentView(
+        pid=status.pid,
+        is_alive=not status.is_finished and _is_agent(status.pid),
+        draining=status.draining,
+        done_bytes=status.done_bytes,
+        total_bytes=status.total_bytes,
+        failures=status.failures,
+        last_failure=status.last_failure,
+        fence=status.fence,
+    )
+
+
+def _is_agent(pid: int) -> bool:
+    """Whether the process of that number is an agent: after a reboot the number may be anyone's."""
+    try:
+        return "spot_core.agent" in psutil.Process(pid).cmdline()
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _size_bytes(tier: PosixTier, name: CheckpointName) -> int:
+    try:
+        return resume.read_manifest(tier, name).total_bytes
+    except (FileNotFoundError, CorruptCheckpointError):
+        return 0

@@ -1,0 +1,45 @@
+"""Benchmarks run from the command line at their tiny size. What they measure here means nothing: no time is judged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STALL_SAVERS = {
+    "SpotCallback",
+    "SpotCallback, no checkpoint",
+    "spot_core",
+    "DCP async_save",
+    "DCP async_save, stager reused",
+    "Trainer._save_checkpoint",
+    "torch.save, fsync",
+    "memcpy",
+}
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return result.stdout
+
+
+def test_stall_measures_every_saver_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One round of the tiny size gives each saver a positive row, in the table and in the JSON."""
+    checkpoints, figures = tmp_path / "checkpoints", tmp_path / "stall.json"
+    checkpoints.mkdir()
+    arguments = ["--size", "tiny", "--repeat", "1", "--json", str(figures), "--folder", str(checkpoints)]
+    table = run("stall.py", *arguments)
+    [result] = json.loads(figures.read_text())["results"]
+    rows = {row["saver"]: row for row in result["rows"]}
+    assert rows.keys() == STALL_SAVERS
+    assert all(saver in table for saver in rows)
+    for row in rows.values():
+        assert 0 < row["shortest_s"] <= row["stall_s"] <= row["longest_s"]
+        assert row["next_step"] > 0
+    assert result["tensors"] > 100
+    assert result["bytes"] > 0
+    assert not list(checkpoints.iterdir())

@@ -1,0 +1,227 @@
+"""One writer per run: every life gets a number of its own, and a stale one commits nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from spot_core.agent.drain import Drain
+from spot_core.errors import FencedError, TierError
+from spot_core.snapshot.capture import Snapshotter
+from spot_core.snapshot.files import BytesFile
+from spot_core.snapshot.writer import CheckpointWriter, Written
+from spot_core.store import incarnation, layout, resume
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import Manifest
+from spot_core.store.posix import PosixTier
+from spot_core.store.remote import FsspecTier
+from spot_core.testing.checkpoints import commit_checkpoint
+from spot_core.testing.faults import Fault, FaultPlan, FaultyTier
+from spot_core.testing.invariants import assert_run_invariants
+from tests.servers import S3Server
+from tests.store.claimer import claim_many
+
+CLAIMERS = 8
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> PosixTier:
+    return PosixTier(tmp_path / "local")
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> PosixTier:
+    return PosixTier(tmp_path / "remote")
+
+
+def test_the_first_life_is_1_and_each_further_one_is_newer(local: PosixTier, remote: PosixTier) -> None:
+    assert incarnation.newest(remote) == 0
+    assert [incarnation.claim(local, remote, float(life)) for life in range(3)] == [1, 2, 3]
+    assert incarnation.newest(remote) == incarnation.newest(local) == 3
+    assert json.loads(remote.read(layout.incarnation(2)))["started"] == 1.0
+
+
+def test_a_new_instance_goes_on_from_the_remotes_number(remote: PosixTier, tmp_path: Path) -> None:
+    for life in (1, 2, 3):
+        assert incarnation.claim(PosixTier(tmp_path / f"instance-{life}"), remote, 0.0) == life
+
+
+def test_racing_processes_get_numbers_of_their_own(tmp_path: Path) -> None:
+    rounds = 5
+    context = multiprocessing.get_context("spawn")
+    start, claimed = context.Barrier(CLAIMERS), context.Queue()
+    # Two instances, each with a local tier that four processes share.
+    processes = [
+        context.Process(
+            target=claim_many, args=((f"{tmp_path}/local-{number % 2}", f"{tmp_path}/remote"), rounds, start, claimed)
+        )
+        for number in range(CLAIMERS)
+    ]
+    for process in processes:
+        process.start()
+    numbers = [claimed.get(timeout=60) for _ in range(CLAIMERS * rounds)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(set(numbers)) == CLAIMERS * rounds
+    assert incarnation.newest(PosixTier(tmp_path / "remote")) == max(numbers)
+
+
+def test_racing_instances_get_numbers_of_their_own_on_s3(s3_server: S3Server, tmp_path: Path) -> None:
+    url = f"s3://{s3_server.new_bucket()}/run"
+    start = threading.Barrier(CLAIMERS)
+
+    def claim(number: int) -> int:
+        remote = FsspecTier(url, {**s3_server.options, "skip_instance_cache": True})
+        start.wait(timeout=60)
+        return incarnation.claim(PosixTier(tmp_path / f"instance-{number}"), remote, 0.0)
+
+    with ThreadPoolExecutor(CLAIMERS) as pool:
+        numbers = list(pool.map(claim, range(CLAIMERS)))
+    assert sorted(numbers) == list(range(1, CLAIMERS + 1))
+
+
+def test_a_claim_whose_reply_was_lost_costs_a_number_and_nothing_else(local: PosixTier, remote: PosixTier) -> None:
+    plan = FaultPlan(Fault(operation="create", when="after"))
+    with pytest.raises(TierError):
+        incarnation.claim(local, FaultyTier(remote, plan), 0.0)
+    assert incarnation.claim(local, FaultyTier(remote, plan), 0.0) == 2
+    assert len(plan.fired) == 1
+
+
+# -- the fence -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_life_is_not_fenced(local: PosixTier, remote: PosixTier) -> None:
+    number = incarnation.claim(local, remote, 0.0)
+    incarnation.check_fence(remote, number)
+
+
+def test_an_older_life_is_fenced_and_told_what_to_do(local: PosixTier, remote: PosixTier) -> None:
+    old = incarnation.claim(local, remote, 0.0)
+    incarnation.claim(local, remote, 0.0)
+    with pytest.raises(FencedError, match=r"incarnation 1 is fenced: incarnation 2 .* commits nothing more"):
+        incarnation.check_fence(remote, old)
+
+
+def test_a_stale_drain_uploads_and_deletes_nothing(local: PosixTier, remote: PosixTier, tmp_path: Path) -> None:
+    old = incarnation.claim(local, remote, 0.0)
+    drain = Drain(local, remote, incarnation=old, keep_local=1, keep_remote=1)
+    commit_checkpoint(local, CheckpointName(old, 1))
+    assert drain.step(lambda *_: None) is not None
+    commit_checkpoint(local, CheckpointName(old, 2))
+    incarnation.claim(PosixTier(tmp_path / "another-instance"), remote, 0.0)
+    with pytest.raises(FencedError):
+        drain.step(lambda *_: None)
+    assert resume.names(remote) == [CheckpointName(old, 1)]
+    assert remote.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]
+    assert resume.names(local) == [CheckpointName(old, 2), CheckpointName(old, 1)]
+
+
+def test_a_drain_that_is_fenced_during_the_upload_writes_no_manifest(
+    local: PosixTier, remote: PosixTier, tmp_path: Path
+) -> None:
+    old = incarnation.claim(local, remote, 0.0)
+    commit_checkpoint(local, CheckpointName(old, 1))
+    drain = Drain(local, remote, incarnation=old, keep_local=1, keep_remote=1)
+
+    def claim_during_the_upload(name: CheckpointName, done: int, total: int) -> None:
+        if done == total:
+            incarnation.claim(PosixTier(tmp_path / "another-instance"), remote, 0.0)
+
+    with pytest.raises(FencedError):
+        drain.step(claim_during_the_upload)
+    assert resume.names(remote) == []
+    assert remote.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]  # swept by the newer life
+    assert_run_invariants(local, remote)
+
+
+def test_a_drain_whose_upload_is_swept_by_a_newer_life_is_fenced_at_the_next_attempt(
+    local: PosixTier, remote: PosixTier, tmp_path: Path
+) -> None:
+    """Its trainer was killed and relaunched while the agent still drained: the sweep takes files from under it."""
+    old = incarnation.claim(local, remote, 0.0)
+    name = CheckpointName(old, 1)
+    commit_checkpoint(local, name)
+
+    class SweptUnderway(PosixTier):
+        def upload(self, *args: object) -> None:
+            super().upload(*args)  # type: ignore[arg-type]
+            if incarnation.newest(remote) == old:
+                incarnation.claim(PosixTier(tmp_path / "another-instance"), remote, 0.0)
+            remote.delete([layout.checkpoint(name)])
+
+    drain = Drain(local, SweptUnderway(remote.root), incarnation=old, keep_local=1, keep_remote=1)
+    with pytest.raises(TierError, match="vanished"):
+        drain.step(lambda *_: None)
+    with pytest.raises(FencedError):
+        drain.step(lambda *_: None)
+    assert resume.names(remote) == []
+
+
+def _write(local: PosixTier, name: CheckpointName, path: str = "state.bin") -> Written:
+    """One checkpoint of a few bytes, through the writer of a trainer."""
+    snapshotter = Snapshotter(torch.device("cpu"))
+    writer = CheckpointWriter(local, snapshotter, number=name.incarnation)
+    results: list[Written] = []
+    manifest = Manifest(
+        run="run", name=name, epoch=0.0, useful_s=0.0, created=1.0, framework="testing", native=path, files=()
+    )
+    writer.submit(snapshotter.take([BytesFile(path=path, content=lambda: b"state")]), manifest, results.append)
+    writer.wait()
+    snapshotter.gate()
+    writer.close()
+    snapshotter.close()
+    return results[0]
+
+
+def test_a_stale_writer_commits_nothing_and_leaves_nothing(
+    local: PosixTier, remote: PosixTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = incarnation.claim(local, remote, 0.0)
+    assert _write(local, CheckpointName(old, 1)).error is None
+    incarnation.claim(local, remote, 0.0)
+    with caplog.at_level(logging.DEBUG):
+        written = _write(local, CheckpointName(old, 2))
+    assert isinstance(written.error, FencedError)
+    assert not caplog.records  # it surfaces at the next step boundary, with its own message
+    assert resume.names(local) == [CheckpointName(old, 1)]
+    assert local.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]
+    assert local.list(layout.STAGING) == []
+
+
+def test_a_writer_that_failed_at_the_manifest_can_write_the_same_step_again(
+    local: PosixTier, remote: PosixTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are in place already, without a manifest: they are no checkpoint, and must not be in the way."""
+    number = incarnation.claim(local, remote, 0.0)
+    create = PosixTier.create
+
+    def full(tier: PosixTier, path: str, data: bytes) -> None:
+        raise TierError(28, "No space left on device")
+
+    monkeypatch.setattr(PosixTier, "create", full)
+    assert isinstance(_write(local, CheckpointName(number, 1)).error, TierError)
+    monkeypatch.setattr(PosixTier, "create", create)
+    assert resume.names(local) == []
+    assert _write(local, CheckpointName(number, 1), path="other.bin").error is None
+    manifest = resume.read_manifest(local, CheckpointName(number, 1))
+    resume.verify(local, manifest)
+    assert local.list(f"{layout.checkpoint(manifest.name)}") == ["other.bin"]
+
+
+def test_a_committed_name_is_never_written_over(local: PosixTier, remote: PosixTier) -> None:
+    number = incarnation.claim(local, remote, 0.0)
+    name = CheckpointName(number, 1)
+    commit_checkpoint(local, name)
+    before = resume.read_manifest(local, name)
+    assert _write(local, name).error is not None
+    assert resume.read_manifest(local, name) == before
+    resume.verify(local, before)

@@ -1,0 +1,207 @@
+"""The contract of tiers, for each tier there is, and what only one of them has to do."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spot_core.errors import CommitConflictError, CommitUnknownError, ConfigError, TierDeniedError, TierError
+from spot_core.store.posix import PosixTier
+from spot_core.store.remote import FsspecTier
+from spot_core.store.tier import Tier, open_tier
+from spot_core.testing.tier_contract import TierContract
+from tests.servers import LossyProxy, RefusingServer, S3Server, free_port, s3_options
+
+
+class TestPosixTier(TierContract):
+    @pytest.fixture
+    def tier(self, tmp_path: Path) -> Tier:
+        return PosixTier(tmp_path / "tier")
+
+    @pytest.fixture
+    def other(self, tier: Tier) -> Tier:
+        return PosixTier(tier.url)
+
+
+class TestMemoryTier(TierContract):
+    has_atomic_create = False
+    why_not = "fsspec's memory file system looks for the name, then writes: nothing orders two threads in between"
+
+    @pytest.fixture
+    def tier(self) -> Tier:
+        return FsspecTier(f"memory://{uuid.uuid4().hex}/run", {})
+
+    @pytest.fixture
+    def other(self, tier: Tier) -> Tier:
+        return FsspecTier(tier.url, {"skip_instance_cache": True})
+
+
+class TestS3Tier(TierContract):
+    rounds = 4
+
+    @pytest.fixture
+    def tier(self, s3_server: S3Server) -> Tier:
+        return FsspecTier(f"s3://{s3_server.new_bucket()}/team/run", s3_server.options)
+
+    @pytest.fixture
+    def other(self, tier: Tier, s3_server: S3Server) -> Tier:
+        return FsspecTier(tier.url, {**s3_server.options, "skip_instance_cache": True})
+
+    def test_multipart_uploads_leave_nothing_behind(self, tier: Tier, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        source.write_bytes(bytes(40 << 20))
+        tier.upload(source, "checkpoints/one/model.bin", lambda _: None)
+        assert isinstance(tier, FsspecTier)
+        bucket = tier.url.removeprefix("s3://").partition("/")[0]
+        assert not tier._fs.list_multipart_uploads(bucket)
+
+
+# -- PosixTier -----------------------------------------------------------------------------------------------
+
+
+def test_a_torn_temporary_file_of_a_killed_process_is_not_listed_and_not_in_the_way(tmp_path: Path) -> None:
+    tier = PosixTier(tmp_path)
+    tier.create("manifests/one.json", b"content")
+    for leftover in list(tmp_path.rglob("*")):
+        if leftover.is_file():
+            (leftover.parent / f".tmp-1-{leftover.name}").write_bytes(b"to")
+    assert tier.list("manifests") == ["one.json"]
+    tier.replace("manifests/one.json", b"other")
+    assert tier.read("manifests/one.json") == b"other"
+
+
+def test_a_process_killed_between_link_and_unlink_cannot_be_overwritten_through_its_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container every life may have the same process id, and so the same temporary names."""
+    tier = PosixTier(tmp_path)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    tier.create("manifests/one.json", b"content")
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="other content"):
+        tier.create("manifests/one.json", b"OTHER")
+    assert tier.read("manifests/one.json") == b"content"
+
+
+def test_a_file_system_without_hard_links_still_creates_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    tier = PosixTier(tmp_path)
+    tier.create("manifests/one.json", b"content")
+    tier.create("manifests/one.json", b"content")
+    with pytest.raises(Exception, match="other content"):
+        tier.create("manifests/one.json", b"OTHER")
+    assert tier.read("manifests/one.json") == b"content"
+
+
+def test_a_folder_that_is_a_file_is_a_tier_error_and_not_an_empty_listing(tmp_path: Path) -> None:
+    (tmp_path / "manifests").write_bytes(b"")
+    with pytest.raises(TierError, match="manifests"):
+        PosixTier(tmp_path).list("manifests")
+
+
+def test_a_full_disk_is_a_tier_error_and_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    tier = PosixTier(tmp_path)
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(TierError, match="No space left"):
+        tier.create("manifests/one.json", b"content")
+    monkeypatch.undo()
+    assert tier.list("manifests") == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# -- FsspecTier ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run*", "memory://bucket/run[1]", "s3://bucket/a?/run", "memory://*/run"])
+def test_a_url_that_fsspec_would_expand_is_refused(url: str) -> None:
+    """Deleting in `run*` would delete in every run that starts so."""
+    with pytest.raises(ConfigError, match="wildcard"):
+        open_tier(url)
+
+
+@pytest.mark.parametrize("url", ["nosuchscheme://bucket/run", "s4://bucket/run"])
+def test_an_unknown_scheme_is_a_config_error(url: str) -> None:
+    with pytest.raises(ConfigError, match=url.partition("://")[0]):
+        open_tier(url)
+
+
+def test_a_missing_bucket_is_denied_and_not_empty(s3_server: S3Server, tmp_path: Path) -> None:
+    tier = FsspecTier("s3://no-such-bucket/run", s3_server.options)
+    (tmp_path / "source").write_bytes(b"content")
+    for operation in (
+        lambda: tier.list("manifests"),
+        lambda: tier.read("run.json"),
+        lambda: tier.record("run.json"),
+        lambda: tier.create("run.json", b"content"),
+        lambda: tier.replace("run.json", b"content"),
+        lambda: tier.upload(tmp_path / "source", "run.json", lambda _: None),
+        lambda: tier.download("run.json", tmp_path / "target", lambda _: None),
+    ):
+        with pytest.raises(TierDeniedError, match="no-such-bucket"):
+            operation()
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
+def test_a_refusal_is_denied_and_not_empty(code: str, tmp_path: Path) -> None:
+    with RefusingServer(403, code) as server:
+        tier = FsspecTier("s3://bucket/run", server.options)
+        for operation in (
+            lambda: tier.list("manifests"),
+            lambda: tier.read("run.json"),
+            lambda: tier.create("run.json", b"content"),
+        ):
+            with pytest.raises(TierDeniedError):
+                operation()
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[LossyProxy]:
+    with LossyProxy(s3_server.port) as proxy:
+        yield proxy
+
+
+def test_a_create_whose_reply_was_lost_is_read_back_and_succeeds(s3_server: S3Server, proxy: LossyProxy) -> None:
+    """The client's own retry then meets the conflict with its first attempt."""
+    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+    proxy.loses = lambda method, path: method == "PUT" and not proxy.lost
+    tier.create("manifests/one.json", b"content")
+    assert len(proxy.lost) == 1
+    assert tier.read("manifests/one.json") == b"content"
+
+
+def test_a_lost_reply_does_not_hide_that_another_writer_was_first(s3_server: S3Server, proxy: LossyProxy) -> None:
+    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+    FsspecTier(tier.url, s3_server.options).create("manifests/one.json", b"another's")
+    proxy.loses = lambda method, path: method == "PUT" and not proxy.lost
+    with pytest.raises(CommitConflictError):
+        tier.create("manifests/one.json", b"content")
+    assert len(proxy.lost) == 1
+    assert tier.read("manifests/one.json") == b"another's"
+
+
+def test_a_create_is_unknown_while_it_cannot_be_read_back(s3_server: S3Server, proxy: LossyProxy) -> None:
+    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+    tier._fs.retries = 1
+    proxy.loses = lambda method, path: True
+    with pytest.raises(CommitUnknownError, match=r"one\.json"):
+        tier.create("manifests/one.json", b"content")
+    proxy.loses = lambda method, path: False
+    tier.create("manifests/one.json", b"content")
+    assert tier.read("manifests/one.json") == b"content"
+
+
+def test_a_server_that_is_not_there_is_a_tier_error_to_be_retried(tmp_path: Path) -> None:
+    tier = FsspecTier("s3://bucket/run", s3_options(free_port()))
+    for operation in (lambda: tier.list("manifests"), lambda: tier.read("run.json")):
+        with pytest.raises(TierError) as caught:
+            operation()
+        assert not isinstance(caught.value, TierDeniedError)
