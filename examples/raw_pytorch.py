@@ -24,7 +24,7 @@ from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.fingerprint import of_tensors
 from spot_core.store.identity import RunIdentity
 
-BATCH, EPOCHS = 16, 40
+BATCH, EPOCHS = 16, 100
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def main() -> None:
         resumed = DataState.from_portable(torch.load(session.resume.folder / "data.pt", weights_only=True))
         step = session.resume.manifest.step
     if session.is_finished(EPOCHS * len(loader)):
-        return session.close()
+        session.close()
+        return
 
     def capture() -> Capture:
         """Everything that the next life needs, in files of one's own choice."""
@@ -106,7 +107,7 @@ def main() -> None:
         session.close(error)
         raise
     session.close()
-    print(f"finished at step {step}: loss {loss.item():.4f}, weights {of_tensors(model.state_dict().items())}")
+    print(f"finished at step {step}: weights {of_tensors(model.state_dict().items())}")
 
 
 def _bytes(tree: Any) -> bytes:

@@ -86,6 +86,8 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._live: LiveState | None = None
         self._data = DataPosition()
         self._consumed = 0  # micro-batches of this epoch
+        # Passes over a stream before this one; the Trainer takes a stream for one endless epoch.
+        self._passes = restored.own["stream_passes"] - 1 if restored else -1
         self._is_deferred = False
         self._has_new_best = False
         self._is_finished = False
@@ -131,7 +133,8 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             return
         data = self._restored.own["data"] if self._restored is not None else None
         self._consumed = 0
-        if data is not None and data.batches == 0:
+        self._passes += 0 if self._data.is_tracking else 1
+        if data is not None and (data.batches == 0 or args.ignore_data_skip):
             rng.restore(data.step)  # before the iterator is made: its own draw belongs to the stream
         if self._is_deferred:
             self._boundary(state)
@@ -211,7 +214,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             step=state.global_step,
             epoch=float(state.epoch or 0.0),
             native=native,
-            files=self._live.files(state, native, data),
+            files=self._live.files(state, native, data, stream_passes=max(0, self._passes)),
             max_steps=state.max_steps,
             notes=self._notes(self._trainer.args),
             pinned_step=best if state.best_model_checkpoint else None,
@@ -219,7 +222,9 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _notes(self, args: TrainingArguments) -> tuple[str, ...]:
         notes = []
-        if args.ignore_data_skip:
+        if self._passes >= 0 and self._live is None:
+            notes.append("the stream was in a later pass, which the Trainer cannot skip into: it starts over")
+        elif args.ignore_data_skip:
             notes.append("ignore_data_skip=True restarts the epoch's data")
         if not self._data.is_tracking:
             notes.append("the data is a stream or has its own batch sampler: exact only if its order is fixed")

@@ -90,8 +90,12 @@ def _train(
     is_explicit = isinstance(wanted, (str, os.PathLike))
     session = _open(callback, trainer, is_resumed=wanted is not False and not is_explicit)
     error: BaseException | None = None
+    skips_data = trainer.args.ignore_data_skip
     try:
         restored = _materialise(session.resume, trainer) if session.resume else None
+        if restored is not None and restored.own["stream_passes"] > 0:
+            # Skipping what was read in all passes would exhaust the first one and end training early.
+            trainer.args.ignore_data_skip = True
         callback.attach(trainer, session, restored)
         if is_explicit:
             logger.info("resume_from_checkpoint=%s was given and wins over what is stored", wanted)
@@ -103,6 +107,7 @@ def _train(
         error = caught
         raise
     finally:
+        trainer.args.ignore_data_skip = skips_data
         callback.detach(error)
 
 

@@ -37,7 +37,7 @@ class LiveState:
         self._weights: LiveWeights = live_weights(trainer.model)
         self._static = static_files(trainer.model, trainer.processing_class)
 
-    def files(self, state: TrainerState, native: str, data: DataState) -> list[NativeFile]:
+    def files(self, state: TrainerState, native: str, data: DataState, *, stream_passes: int) -> list[NativeFile]:
         """The checkpoint's files for this boundary. Cheap: large tensors are named, small ones cloned."""
         trainer = self._trainer
         files: list[NativeFile] = [
@@ -52,6 +52,7 @@ class LiveState:
         record = self._trainer_record(state)
         own = {
             "format": 1,
+            "stream_passes": stream_passes,
             "buffers": {name: buffer.detach().clone() for name, buffer in self._weights.buffers.items()},
             "tr_loss": trainer._tr_loss.detach().clone(),
             "total_loss_scalar": trainer._total_loss_scalar,

@@ -66,21 +66,45 @@ class SpotConfig:
 
     def __post_init__(self) -> None:
         _check(isinstance(self.remote, str) and bool(self.remote.strip()), "remote", self.remote, "a URL or a path")
-        _check(bool(self.run), "remote", self.remote, "a URL whose last component names the run, s3://bucket/my-run")
-        if self.interval_s is not None:
-            _check(self.interval_s > 0, "interval_s", self.interval_s, "a number of seconds above 0, or None")
-        _check(self.keep_local >= 1, "keep_local", self.keep_local, "1 or more")
-        _check(self.keep_remote >= 1, "keep_remote", self.keep_remote, "1 or more")
-        _check(self.grace_s > 0, "grace_s", self.grace_s, "a number of seconds above 0")
         _check(
-            1 <= self.preempt_exit_code <= 255 and self.preempt_exit_code != 137,
+            self.run not in {"", ".."},
+            "remote",
+            self.remote,
+            "a URL whose last component names the run, s3://bucket/my-run",
+        )
+        self._check_local()
+        seconds = "a number of seconds above 0"
+        _check(
+            self.interval_s is None or _is_positive(self.interval_s),
+            "interval_s",
+            self.interval_s,
+            f"{seconds}, or None",
+        )
+        for name in ("grace_s", "start_timeout_s", "drain_timeout_s"):
+            _check(_is_positive(getattr(self, name)), name, getattr(self, name), seconds)
+        for name in ("keep_local", "keep_remote"):
+            _check(_is_whole(getattr(self, name), 1), name, getattr(self, name), "a whole number, 1 or more")
+        _check(
+            _is_whole(self.preempt_exit_code, 1) and self.preempt_exit_code <= 255 and self.preempt_exit_code != 137,
             "preempt_exit_code",
             self.preempt_exit_code,
             "1 to 255 and not 137: 0 would make a preempted run look finished, 137 like one killed for memory",
         )
-        _check(self.start_timeout_s > 0, "start_timeout_s", self.start_timeout_s, "a number of seconds above 0")
-        _check(self.drain_timeout_s > 0, "drain_timeout_s", self.drain_timeout_s, "a number of seconds above 0")
-        _check(isinstance(self.storage_options, Mapping), "storage_options", "…", "a mapping for fsspec")
+        _check(isinstance(self.resume, bool), "resume", self.resume, "True or False")
+        _check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
+
+    def _check_local(self) -> None:
+        if self.local is None:
+            return
+        _check(isinstance(self.local, (str, Path)) and bool(str(self.local)), "local", self.local, "a folder")
+        scheme, separator, path = self.remote.rpartition("://")
+        if not separator or scheme in {"file", "local"}:
+            _check(
+                (Path(self.local) / self.run).resolve() != Path(path).resolve(),
+                "local",
+                self.local,
+                f"another folder than the one above the remote {self.remote}: both tiers would be one",
+            )
 
     @property
     def run(self) -> str:
@@ -88,7 +112,8 @@ class SpotConfig:
         _, _, path = self.remote.rpartition("://")
         parts = [part for part in path.split("/") if part and part != "."]
         # The first component of an object store URL is the bucket, never the run.
-        is_bucket_only = "://" in self.remote and not self.remote.startswith("file://") and len(parts) < 2
+        is_path = "://" not in self.remote or self.remote.startswith(("file://", "local://"))
+        is_bucket_only = not is_path and len(parts) < 2
         return "" if is_bucket_only or not parts else parts[-1]
 
     @classmethod
@@ -107,7 +132,7 @@ class SpotConfig:
         merged = {name: value for name, value in options.items() if value is not None}
         hints = typing.get_type_hints(cls)
         for name in option_names():
-            text = environ.get(ENV_PREFIX + name.upper())
+            text = environ.get(ENV_PREFIX + name.upper(), "").strip()
             if text:
                 merged[name] = _parse(name, text, hints[name])
         if "storage_options" not in merged:
@@ -153,6 +178,22 @@ def nvme_mount() -> Path | None:
             if path.is_dir() and os.access(path, os.W_OK):
                 return path / "spot"
     return None
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_plain(options: object) -> bool:
+    """Whether the agent, which gets them as JSON, will see the same options."""
+    try:
+        return isinstance(options, Mapping) and bool(json.loads(json.dumps(dict(options))) == dict(options))
+    except (TypeError, ValueError):
+        return False
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -127,8 +127,9 @@ class PosixTier:
             for folder, _, _ in os.walk(staged):
                 fsync_folder(Path(folder))
             self.make_folder(final.parent)
-            # An attempt that got no manifest left files here: they are not a checkpoint, and in the way of the rename.
-            self.delete([layout.checkpoint(manifest.name)])
+            if final.exists():
+                # Left by an attempt that got no manifest: not a checkpoint, and in the way of the rename.
+                self.delete([layout.checkpoint(manifest.name)])
             os.replace(staged, final)
             fsync_folder(final.parent)
         self.create(layout.manifest(manifest.name), manifest.to_json())

@@ -406,6 +406,17 @@ def faulty_drain(local: PosixTier, remote: PosixTier, plan: FaultPlan) -> Drain:
     return make_drain(FaultyPosixTier(local.root, plan), FaultyTier(remote, plan), keep_local=1, keep_remote=1)
 
 
+def drain_into_crash(drain: Drain) -> CheckpointName:
+    """The newest checkpoint that was known to be durable when the process died."""
+    durable = ONE
+    try:
+        while (result := drain.step(lambda *_: None)) is not None:
+            durable = max(durable, result[0])
+    except SimulatedCrash:
+        return durable
+    raise AssertionError("it did not crash")
+
+
 def assert_drained(local: PosixTier, remote: PosixTier) -> None:
     assert resume.names(remote) == [FOUR, TWO]
     assert resume.completions(remote) == {FOUR: 40}
@@ -435,10 +446,7 @@ def test_a_crash_at_any_operation_loses_nothing_and_the_next_life_finishes(histo
     for nth, when in history.moments():
         plan = FaultPlan.crash_at(nth, when)
         local, remote = history.copy()
-        drain, durable = faulty_drain(local, remote, plan), ONE
-        with pytest.raises(SimulatedCrash):
-            while (result := drain.step(lambda *_: None)) is not None:
-                durable = max(durable, result[0])
+        durable = drain_into_crash(faulty_drain(local, remote, plan))
         assert len(plan.fired) == 1
 
         assert_run_invariants(local, remote, durable=durable)

@@ -57,7 +57,10 @@ class Life:
         zygote.stdin.write(json.dumps({"spec": dataclasses.asdict(spec), "log": str(self._log)}) + "\n")
         zygote.stdin.flush()
         self._answers = zygote.stdout
-        self.pid = int(self._answers.readline())
+        # A test that failed may have left its life's end unread.
+        while " " in (answer := self._answers.readline()):
+            pass
+        self.pid = int(answer)
 
     @property
     def log(self) -> str:
@@ -68,7 +71,9 @@ class Life:
             os.kill(self.pid, signal.SIGKILL)
 
     def result(self) -> LifeResult:
-        return LifeResult(int(self._answers.readline()), self.log)
+        pid, code = self._answers.readline().split()
+        assert int(pid) == self.pid
+        return LifeResult(int(code), self.log)
 
 
 def live(spec: JobSpec, *, kill_after_s: float | None = None) -> LifeResult:

@@ -42,7 +42,7 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["step:2", "evaluation:6", "epoch:2"],
     ),
     "running statistics in the frozen base": ({"kind": "batchnorm"}, ["step:6", "step:17"]),
-    "stream": ({"data": "stream", "arguments": {"max_steps": 24}}, ["step:4", "step:13"]),
+    "stream": ({"data": "stream", "arguments": {"max_steps": 24}}, ["step:4", "step:8"]),
     "next to the user's own saves": (
         {"arguments": {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}},
         ["step:8", "step:9"],

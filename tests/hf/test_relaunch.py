@@ -190,3 +190,14 @@ def test_stale_incarnation_that_wakes_up_commits_nothing_and_stops(spec: JobSpec
     assert "incarnation 1 is fenced: incarnation 2 of this run exists" in result.log
     # The commit in flight when it was stopped may have been past its last check; nothing after it.
     assert len(set(resume.names(local_of(spec))) - set(before)) <= 1
+
+
+def test_stream_in_its_second_pass_goes_on_to_the_last_step_and_says_what_it_lost(spec: JobSpec) -> None:
+    """The Trainer takes a stream for one endless epoch: skipping into its second pass would end training early."""
+    stream = dataclasses.replace(spec, data="stream", arguments={"max_steps": 24})
+    assert live(dataclasses.replace(stream, dies="step:16")).exit_code == -signal.SIGKILL
+    result = live(stream)
+    assert result.exit_code == 0, result.log[-3000:]
+    assert "not bit-exact" in result.log
+    assert "it starts over" in result.log
+    assert final(stream)["step"] == 24

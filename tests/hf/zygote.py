@@ -1,6 +1,7 @@
 """A process that has imported the libraries once and forks one real process for each life it is asked for.
 
-Reads one JSON request a line, `{"spec": …, "log": …}`; answers with the new process's pid, then with its exit code.
+Reads one JSON request a line, `{"spec": …, "log": …}`; answers with the new process's pid, then with
+the pid and its exit code.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def serve() -> None:
             os._exit(child(json.loads(line)))
         answers.write(f"{pid}\n")
         _, status = os.waitpid(pid, 0)
-        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        answers.write(f"{pid} {os.waitstatus_to_exitcode(status)}\n")
 
 
 if __name__ == "__main__":

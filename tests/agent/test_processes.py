@@ -1,0 +1,434 @@
+"""Trainer and agent as real processes, killed and restarted: what was committed locally gets to the remote."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from spot_core.agent import lives
+from spot_core.agent.journal import AgentStatus, Journal
+from spot_core.agent.lives import Life
+from spot_core.store import layout, resume
+from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
+from spot_core.store.remote import FsspecTier
+from spot_core.testing.checkpoints import commit_checkpoint
+from spot_core.testing.invariants import assert_run_invariants
+from tests.agent.processes import Refused, TrainerProcess, eventually, is_running
+from tests.servers import S3Server, free_port, s3_options
+from tests.trees import tree
+
+LARGE = 24 << 20
+
+
+class Place:
+    """The folders of a run, and the processes that work on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.local, self.remote = PosixTier(folder / "local" / "run"), PosixTier(folder / "bucket" / "run")
+        self.trainers: list[TrainerProcess] = []
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        return {"local": str(self.folder / "local"), "remote": str(self.folder / "bucket" / "run"), **more}
+
+    def trainer(self, **environment: str) -> TrainerProcess:
+        self.trainers.append(TrainerProcess(**environment))
+        return self.trainers[-1]
+
+    def opened(self, **more: Any) -> TrainerProcess:
+        trainer = self.trainer()
+        trainer.open(**self.options(**more))
+        return trainer
+
+    def life(self, number: int = 1) -> Life:
+        return Life.from_json(self.remote.read(layout.life(number)))
+
+    def status(self, number: int = 1) -> AgentStatus:
+        return Journal(self.local.root, number).read_status() or AgentStatus()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    for trainer in place.trainers:
+        trainer.close()
+
+
+def wait_for_end(trainer: TrainerProcess) -> None:
+    eventually(lambda: not is_running(trainer.agent), "the agent ends by itself")
+
+
+# -- how a life ends -------------------------------------------------------------------------------------------
+
+
+def test_a_killed_trainers_last_commit_is_drained_and_its_death_recorded(place: Place) -> None:
+    trainer = place.opened()
+    name = CheckpointName.parse(trainer.do("commit", 10, LARGE))
+    trainer.kill()
+    wait_for_end(trainer)
+    assert name == CheckpointName(1, 10)
+    assert resume.names(place.remote) == [name]
+    assert_run_invariants(place.local, place.remote, durable=name)
+    life = place.life()
+    assert (life.outcome, life.step, life.useful_s, life.newest_durable) == (lives.DIED, 10, 1.0, str(name))
+    assert Life.from_json(place.local.read(layout.life(1))) == life
+    assert place.status().is_finished and str(name) in place.status().drained
+
+
+def test_a_completed_life_says_so_and_its_end_is_drained(place: Place) -> None:
+    trainer = place.opened()
+    trainer.do("commit", 10)
+    trainer.do("complete", 10)
+    trainer.do("outcome", lives.COMPLETED)
+    wait_for_end(trainer)
+    assert trainer.do("exit_code") == 0
+    assert resume.completions(place.remote) == {CheckpointName(1, 10): 10}
+    assert place.life().outcome == lives.COMPLETED
+
+
+@pytest.mark.parametrize("word", [lives.PREEMPTED, lives.STOPPED, lives.FAILED])
+def test_a_life_ends_with_the_word_its_trainer_left(place: Place, word: str) -> None:
+    trainer = place.opened()
+    trainer.do("commit", 10)
+    trainer.do("outcome", word)
+    trainer.kill()
+    wait_for_end(trainer)
+    assert place.life().outcome == word
+    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+
+
+def test_a_trainer_that_dies_before_its_first_commit_leaves_an_agent_that_ends(place: Place) -> None:
+    trainer = place.opened()
+    trainer.kill()
+    wait_for_end(trainer)
+    assert place.life().outcome == lives.DIED
+    assert resume.names(place.remote) == []
+
+
+def test_the_agent_of_a_fenced_life_stops_and_says_why(place: Place) -> None:
+    old = place.opened()
+    new = place.trainer()
+    assert new.open(**{**place.options(), "local": str(place.folder / "another-instance")})["incarnation"] == 2
+    old.do("commit", 10)
+    wait_for_end(old)
+    assert old.do("exit_code") == 4
+    assert "incarnation 2" in str(place.status().fence)
+    assert place.life().outcome == lives.FENCED
+    assert resume.names(place.remote) == []
+    assert is_running(new.agent)
+
+
+# -- signals and restarts --------------------------------------------------------------------------------------
+
+
+def test_a_killed_agent_is_started_again_and_drains(place: Place) -> None:
+    trainer = place.opened()
+    os.kill(trainer.agent, signal.SIGKILL)
+    eventually(lambda: trainer.do("exit_code") is not None, "the trainer sees that its agent is gone")
+    assert trainer.do("exit_code") == -signal.SIGKILL
+    trainer.do("commit", 10)
+    assert resume.names(place.remote) == []
+    trainer.restart_agent()
+    eventually(lambda: place.status().newest_durable, "the new agent drains")
+    trainer.do("commit", 20)
+    trainer.kill()
+    wait_for_end(trainer)
+    assert resume.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
+    assert place.life().outcome == lives.DIED
+
+
+def test_an_agent_started_while_the_remote_is_down_waits_for_it(place: Place) -> None:
+    trainer = place.opened()
+    os.kill(trainer.agent, signal.SIGKILL)
+    eventually(lambda: trainer.do("exit_code") is not None, "the agent is gone")
+    place.remote.create(layout.MANIFESTS, b"a file where the folder belongs: listing it fails")
+    trainer.do("commit", 10)
+    trainer.restart_agent()
+    eventually(lambda: place.status().failures, "the failure is counted")
+    trainer.kill()
+    place.remote.delete([layout.MANIFESTS])
+    wait_for_end(trainer)
+    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_agent_does_not_stop_the_drain(place: Place, signum: signal.Signals) -> None:
+    trainer = place.opened()
+    eventually(lambda: place.status().pid, "the agent works")
+    for step in (10, 20, 30):
+        trainer.do("commit", step, LARGE)
+        os.kill(trainer.agent, signum)
+    eventually(lambda: place.status().newest_durable == str(CheckpointName(1, 30)), "the newest is drained")
+    trainer.do("outcome", lives.COMPLETED)
+    wait_for_end(trainer)
+    assert trainer.do("exit_code") == 0
+    assert place.life().outcome == lives.COMPLETED
+
+
+def test_a_signal_to_the_trainers_group_ends_the_trainer_and_not_the_drain(place: Place) -> None:
+    trainer = place.opened()
+    trainer.do("commit", 10, LARGE)
+    trainer.signal_group(signal.SIGTERM)
+    assert trainer.wait() == -signal.SIGTERM
+    wait_for_end(trainer)
+    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+    assert place.life().outcome == lives.DIED
+
+
+def test_a_remote_that_fails_and_returns_is_drained_to_after_the_trainers_end(place: Place) -> None:
+    trainer = place.opened()
+    checkpoints = place.remote.path(layout.CHECKPOINTS)
+    checkpoints.write_bytes(b"a file where the folder belongs: every upload fails")
+    for step in (10, 20):
+        trainer.do("commit", step)
+    eventually(lambda: place.status().failures >= 2, "the failures are counted")
+    assert "checkpoints" in str(place.status().last_failure)
+    trainer.kill()
+    checkpoints.unlink()
+    wait_for_end(trainer)
+    assert resume.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
+    assert place.status().last_failure is None
+    assert_run_invariants(place.local, place.remote, durable=CheckpointName(1, 20))
+
+
+# -- the next life ---------------------------------------------------------------------------------------------
+
+
+def test_the_next_life_resumes_and_knows_the_one_before(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.do("commit", 20)
+    first.kill()
+    wait_for_end(first)
+    opened = place.trainer().open(**place.options())
+    assert (opened["incarnation"], opened["restored"], opened["source"]) == (2, str(CheckpointName(1, 20)), "local")
+    assert opened["lives"] == [[1, lives.DIED]]
+
+
+def test_the_next_life_on_a_new_instance_restores_from_the_remote(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10, LARGE)
+    first.kill()
+    wait_for_end(first)
+    opened = place.trainer().open(**{**place.options(), "local": str(place.folder / "another-instance")})
+    assert (opened["restored"], opened["source"]) == (str(CheckpointName(1, 10)), "remote")
+
+
+def test_the_next_life_may_start_while_the_last_ones_agent_still_drains(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10, LARGE)
+    first.kill()
+    second = place.trainer()
+    opened = second.open(**place.options())
+    assert (opened["incarnation"], opened["restored"]) == (2, str(CheckpointName(1, 10)))
+    wait_for_end(first)
+    second.do("commit", 20)
+    second.do("outcome", lives.COMPLETED)
+    wait_for_end(second)
+    assert CheckpointName(2, 20) in resume.names(place.remote)
+    assert_run_invariants(place.local, place.remote, durable=CheckpointName(2, 20))
+    assert place.life(1).outcome in {lives.DIED, lives.FENCED}
+
+
+def test_a_fresh_start_on_purpose_leaves_what_is_there(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.kill()
+    wait_for_end(first)
+    opened = place.trainer().open(**place.options(resume=False))
+    assert (opened["incarnation"], opened["restored"]) == (2, "None")
+    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+
+
+def _finish(place: Place) -> None:
+    trainer = place.opened()
+    trainer.do("commit", 10)
+    trainer.do("complete", 10)
+    trainer.do("outcome", lives.COMPLETED)
+    wait_for_end(trainer)
+
+
+def test_a_finished_run_is_opened_without_a_life_and_nothing_is_written(place: Place) -> None:
+    _finish(place)
+    before = tree(place.folder)
+    trainer = place.trainer()
+    opened = trainer.open(**place.options())
+    assert (opened["incarnation"], opened["restored"], opened["max_steps"]) == (None, str(CheckpointName(1, 10)), 10)
+    trainer.do("dismiss")
+    wait_for_end(trainer)
+    assert trainer.do("exit_code") == 0
+    assert tree(place.folder) == before
+
+
+def test_a_finished_run_can_be_trained_further(place: Place) -> None:
+    _finish(place)
+    trainer = place.trainer()
+    assert trainer.open(**place.options())["incarnation"] is None
+    assert trainer.do("claim") == 2
+    trainer.do("commit", 20)
+    trainer.do("outcome", lives.COMPLETED)
+    wait_for_end(trainer)
+    assert resume.names(place.remote) == [CheckpointName(2, 20), CheckpointName(1, 10)]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------
+
+
+def refusal(trainer: TrainerProcess, facts: dict[str, Any] | None = None, **options: Any) -> Refused:
+    with pytest.raises(Refused) as caught:
+        trainer.open(facts, **options)
+    return caught.value
+
+
+def test_another_run_in_the_same_place_is_refused_naming_each_difference_and_nothing_is_written(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.kill()
+    wait_for_end(first)
+    before = tree(place.folder)
+    error = refusal(place.trainer(), {"batch": 8, "shapes": "abc", "seed": 1}, **place.options())
+    assert error.kind == "ConfigError"
+    assert "batch: 4 there, 8 now" in str(error) and "seed: not recorded there, 1 now" in str(error)
+    assert "shapes" not in str(error)
+    assert tree(place.folder) == before
+
+
+def test_another_run_is_refused_on_a_new_instance_before_its_local_folder_exists(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.kill()
+    wait_for_end(first)
+    before = tree(place.folder)
+    options = {**place.options(), "local": str(place.folder / "another-instance")}
+    assert refusal(place.trainer(), {"batch": 8}, **options).kind == "ConfigError"
+    assert tree(place.folder) == before
+
+
+def test_a_local_folder_of_another_bucket_is_refused_and_nothing_is_written(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.kill()
+    wait_for_end(first)
+    before = tree(place.folder)
+    error = refusal(place.trainer(), **place.options(remote=str(place.folder / "other-bucket" / "run")))
+    assert error.kind == "ConfigError" and "another run of the same name" in str(error)
+    assert tree(place.folder) == before
+
+
+def test_checkpoints_without_a_run_are_refused(place: Place) -> None:
+    commit_checkpoint(place.remote, CheckpointName(1, 10))
+    before = tree(place.folder)
+    error = refusal(place.trainer(), **place.options())
+    assert error.kind == "ConfigError" and "run.json" in str(error)
+    assert tree(place.folder) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format_version": 1}', b"\xff"])
+def test_a_damaged_run_record_is_refused_and_left_as_it_is(place: Place, content: bytes) -> None:
+    place.remote.create(layout.RUN, content)
+    before = tree(place.folder)
+    error = refusal(place.trainer(), **place.options())
+    assert error.kind == "CorruptCheckpointError" and "run.json" in str(error)
+    assert tree(place.folder) == before
+
+
+def test_only_damaged_checkpoints_are_an_error_and_no_fresh_start(place: Place) -> None:
+    first = place.opened()
+    first.do("commit", 10)
+    first.kill()
+    wait_for_end(first)
+    for tier in (place.local, place.remote):
+        tier.delete([layout.checkpoint(CheckpointName(1, 10))])
+    error = refusal(place.trainer(), **place.options())
+    assert error.kind == "CorruptCheckpointError" and str(CheckpointName(1, 10)) in str(error)
+    assert place.remote.list(layout.INCARNATIONS) == ["000001.json"]
+
+
+def test_an_unknown_scheme_is_refused(place: Place) -> None:
+    error = refusal(place.trainer(), **place.options(remote="nosuch://bucket/run"))
+    assert error.kind == "ConfigError" and "nosuch" in str(error)
+    assert tree(place.folder) == {}
+
+
+def test_a_wildcard_in_the_remote_is_refused(place: Place) -> None:
+    error = refusal(place.trainer(), **place.options(remote="s3://bucket/run*"))
+    assert error.kind == "ConfigError" and "wildcard" in str(error)
+    assert tree(place.folder) == {}
+
+
+def test_an_unreachable_remote_is_an_error_that_says_so_and_no_fresh_start(place: Place) -> None:
+    port = free_port()
+    options = place.options(remote="s3://bucket/run", storage_options=s3_options(port), start_timeout_s=2)
+    error = refusal(place.trainer(), **options)
+    assert error.kind == "TierError"
+    assert (
+        "could not be reached for 2 s" in str(error) and str(port) in str(error) and "nothing was deleted" in str(error)
+    )
+    assert tree(place.folder) == {}
+
+
+def test_a_missing_bucket_is_denied_at_once(place: Place, s3_server: S3Server) -> None:
+    options = place.options(remote="s3://no-such-bucket/run", storage_options=s3_server.options, start_timeout_s=600)
+    error = refusal(place.trainer(), **options)
+    assert error.kind == "TierDeniedError" and "bucket" in str(error)
+    assert tree(place.folder) == {}
+
+
+# -- what the processes are made of ----------------------------------------------------------------------------
+
+
+def test_the_agent_imports_no_torch_and_the_trainer_no_fsspec(place: Place, s3_server: S3Server) -> None:
+    trainer = place.trainer()
+    trainer.open(**place.options(remote=f"s3://{s3_server.new_bucket()}/run", storage_options=s3_server.options))
+    mapped = [entry.path for entry in psutil.Process(trainer.agent).memory_maps()]
+    assert not [path for path in mapped if "torch" in path]
+    assert [path for path in mapped if "aiohttp" in path], "this must see the agent's libraries"
+    assert trainer.do("imported") == []
+
+
+def test_secrets_are_neither_in_the_process_list_nor_in_any_file(place: Place, s3_server: S3Server) -> None:
+    secret = "c2VjcmV0LW9mLXRoZS10ZXN0"
+    bucket = s3_server.new_bucket()
+    storage = s3_options(s3_server.port, secret=secret)
+    trainer = place.trainer()
+    trainer.open(**place.options(remote=f"s3://{bucket}/run", storage_options=storage))
+    agent = psutil.Process(trainer.agent)
+    assert "spot_core.agent" in agent.cmdline()
+    for text in (*agent.cmdline(), *map(str, agent.environ().items())):
+        assert secret not in text
+    trainer.do("commit", 10)
+    trainer.do("outcome", lives.COMPLETED)
+    wait_for_end(trainer)
+    remote = FsspecTier(f"s3://{bucket}/run", storage)
+    assert resume.names(remote) == [CheckpointName(1, 10)]
+    files = {path: content for path, content in tree(place.folder).items() if content is not None}
+    assert any(path.endswith("agent.log") and content for path, content in files.items())
+    for path in remote._fs.find(remote._root):
+        files[path] = remote._fs.cat_file(path)
+    assert not [path for path, content in files.items() if secret.encode() in content]
+
+
+def test_a_run_on_s3_goes_through_kill_and_resume(place: Place, s3_server: S3Server) -> None:
+    remote_url = f"s3://{s3_server.new_bucket()}/team/run"
+    storage = s3_server.options
+    first = place.trainer()
+    first.open(**place.options(remote=remote_url, storage_options=storage))
+    first.do("commit", 10, LARGE)
+    first.kill()
+    wait_for_end(first)
+    second = place.trainer()
+    options = {**place.options(remote=remote_url, storage_options=storage), "local": str(place.folder / "new")}
+    opened = second.open(**options)
+    assert (opened["incarnation"], opened["restored"], opened["source"]) == (2, str(CheckpointName(1, 10)), "remote")
+    assert opened["lives"] == [[1, lives.DIED]]
+    assert_run_invariants(
+        PosixTier(place.folder / "new" / "run"), FsspecTier(remote_url, storage), durable=CheckpointName(1, 10)
+    )

@@ -1,0 +1,85 @@
+"""Storage fails in the middle of training: training goes on, says so once, and nothing that was safe is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from spot_core.store import resume
+from spot_core.store.posix import PosixTier
+from tests.hf.job import JobSpec
+from tests.hf.lives import Life, assert_same_training, live, uninterrupted, wait_for
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that holds a few checkpoints of the test job and no more."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=420k", "none", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> None:
+    spec = JobSpec(folder=str(tmp_path / "job"), options={"local": str(small_disk), "keep_local": 2})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    life = Life(dataclasses.replace(spec, arguments={"num_train_epochs": 9}, dies="step:60"))
+    wait_for(lambda: len(resume.names(PosixTier(small_disk / "job"))) > 0)
+    filler = small_disk / "someone else's file"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 1024):
+            pass
+    result = life.result()
+    assert result.exit_code == -signal.SIGKILL, "it trained on until it was killed"
+    assert result.log.count("not written (") == 1, result.log[-3000:]
+    assert "training goes on" in result.log
+    assert filler.exists()
+    newest = resume.names(PosixTier(small_disk / "job"))[0]
+    resume.verify(PosixTier(small_disk / "job"), resume.read_manifest(PosixTier(small_disk / "job"), newest))
+    filler.unlink()
+    shutil.rmtree(spec.folder)
+    shutil.rmtree(small_disk / "job")
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+def test_remote_that_goes_away_is_told_once_and_drained_when_it_is_back(tmp_path: Path) -> None:
+    spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 25})
+    remote = PosixTier(f"{spec.folder}/remote/job")
+    life = Life(spec)
+    wait_for(lambda: len(resume.names(remote)) > 0)
+    away = remote.root.with_name("away")
+    os.rename(remote.root, away)
+    remote.root.write_text("not a folder")
+    wait_for(lambda: "drain failed, training goes on" in life.log)
+    remote.root.unlink()
+    os.rename(away, remote.root)
+    result = life.result()
+    assert result.exit_code == 0, result.log[-3000:]
+    assert resume.names(remote)[0].step == 250
+    resume.verify(remote, resume.read_manifest(remote, resume.names(remote)[0]))
+
+
+def test_agent_that_dies_is_started_again(tmp_path: Path) -> None:
+    spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 12})
+    remote = PosixTier(f"{spec.folder}/remote/job")
+    life = Life(spec)
+    wait_for(lambda: len(resume.names(remote)) > 0)
+    (agent,) = (child for child in psutil.Process(life.pid).children() if "spot_core.agent" in child.cmdline())
+    agent.kill()
+    result = life.result()
+    assert result.exit_code == 0, result.log[-3000:]
+    assert "the agent ended with code -9, starting it again" in result.log
+    assert resume.names(remote)[0].step == 120

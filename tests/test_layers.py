@@ -1,0 +1,88 @@
+"""Each layer imports only what lies below it, and what must stay light imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Package -> what it may import of this project, besides itself.
+BELOW = {"spot_core.config", "spot_core.errors"}
+ALLOWED: dict[str, set[str]] = {
+    "spot_core.errors": set(),
+    "spot_core.config": {"spot_core.errors"},
+    "spot_core.store": BELOW,
+    "spot_core.cadence": BELOW,
+    "spot_core.notice": BELOW,
+    "spot_core.snapshot": BELOW | {"spot_core.store"},
+    "spot_core.data": BELOW | {"spot_core.snapshot"},
+    "spot_core.agent": BELOW | {"spot_core.store"},
+    "spot_core.report": BELOW | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core"},
+    "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
+    "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
+    "spot_core.session": BELOW
+    | {f"spot_core.{part}" for part in ("store", "cadence", "notice", "snapshot", "data", "agent", "report")},
+    "hf_spot": {"spot_core"},
+    "lightning_spot": {"spot_core"},
+}
+
+
+def layer_of(module: str) -> str:
+    return next((layer for layer in sorted(ALLOWED, key=len, reverse=True) if module.startswith(layer)), module)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "spot_core":
+                found |= {f"spot_core.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return {name for name in found if name.split(".")[0] in {"spot_core", "hf_spot", "lightning_spot"}}
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
+    place = ROOT / layer.replace(".", "/")
+    files = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert files
+    for file in files:
+        for name in imports_of(file):
+            allowed = {layer, *ALLOWED[layer]}
+            assert any(name == each or name.startswith(f"{each}.") for each in allowed), f"{file} imports {name}"
+
+
+def test_every_package_has_a_layer() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "spot_core").rglob("*.py")}
+    assert {m for m in modules if layer_of(m) == m} <= {
+        "spot_core.__init__",
+        "spot_core.errors",
+        "spot_core.config",
+        "spot_core.session",
+    }
+
+
+@pytest.mark.parametrize(
+    "module", ["spot_core", "spot_core.agent.process", "spot_core.report.cli", "spot_core.chaos.command"]
+)
+def test_what_must_start_fast_imports_no_torch(module: str) -> None:
+    script = f"import sys, {module}; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_modules_stay_small() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for package in ("spot_core", "hf_spot", "lightning_spot")
+        for path in (ROOT / package).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
