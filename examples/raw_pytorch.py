@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -110,7 +109,7 @@ def main() -> None:
     print(f"finished at step {step}: weights {of_tensors(model.state_dict().items())}")
 
 
-def _bytes(tree: Any) -> bytes:
+def _bytes(tree: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     return buffer.getvalue()

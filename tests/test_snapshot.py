@@ -132,8 +132,7 @@ def test_host_buffers_are_reused_and_the_next_snapshot_has_its_own_content(train
     snapshotter.close()
 
 
-def test_a_state_that_cannot_be_restored_is_known_at_the_first_checkpoint(training: Any, tmp_path: Path) -> None:
-    model, optimizer = training
+def test_a_state_that_cannot_be_restored_is_known_at_the_first_checkpoint(tmp_path: Path) -> None:
     tier = PosixTier(tmp_path)
     snapshotter = Snapshotter(torch.device("cpu"))
     writer = CheckpointWriter(tier, snapshotter, number=1)

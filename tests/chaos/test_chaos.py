@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_command_is_killed_the_wanted_times_and_then_left_to_finish(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     starts.write_text("")
-    script = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + 'x'); n = len(p.read_text()); time.sleep(0 if n > 3 else 60)"
+    script = (
+        "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); p.write_text(p.read_text() + 'x'); "
+        "time.sleep(0 if len(p.read_text()) > 3 else 60)"
+    )
     report = rehearse(
         [sys.executable, "-c", script, str(starts)],
         run_folder=None,
