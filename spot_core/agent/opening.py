@@ -14,7 +14,7 @@ from typing import TypeVar
 import stamina
 
 from spot_core.agent.lives import Life, read_lives
-from spot_core.errors import ConfigError, CorruptCheckpointError, TierError
+from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError, TierError
 from spot_core.store import identity as identities
 from spot_core.store import incarnation, resume, retention
 from spot_core.store.identity import RunIdentity
@@ -59,8 +59,11 @@ def open_run(
             timeout_s, lambda: _open_once(local, remote, identity, is_resumed, started, on_progress=on_progress)
         )
     except TierError as error:
-        if resume.is_final(error):
-            raise
+        if isinstance(error, TierDeniedError):
+            raise TierDeniedError(
+                f"{remote.url} refuses: {error.strerror or error}. Training was not started and nothing was deleted. "
+                "This machine needs to list, read, write and delete there: check bucket, role and credentials."
+            ) from error
         raise TierError(
             f"{remote.url} could not be reached for {timeout_s:.0f} s: {error}. Training was not started, because a "
             "fresh start would throw away what may be stored there; nothing was deleted. Check the network, the "

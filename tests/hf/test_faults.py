@@ -83,3 +83,20 @@ def test_agent_that_dies_is_started_again(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.log[-3000:]
     assert "the agent ended with code -9, starting it again" in result.log
     assert resume.names(remote)[0].step == 120
+
+
+def test_remote_that_may_not_be_written_is_refused_at_start(tmp_path: Path) -> None:
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a read-only file system needs root")
+    try:
+        result = live(JobSpec(folder=str(tmp_path / "job"), options={"remote": f"{folder}/job"}))
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert result.exit_code == 1
+    assert "refuses: " in result.log
+    assert "Read-only file system" in result.log
+    assert "needs to list, read, write and delete there" in result.log
+    assert not Path(tmp_path, "job", "final.pt").exists()
