@@ -71,7 +71,9 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self.config(output_dir=".")  # a bad option is an error here, not hours later
         self._session: Session | None = None
         self._trainer: Trainer | None = None
+        self._live: LiveState | None = None  # set while training is being checkpointed
         self._restored: resume.Restored | None = None
+        self._consumed = 0  # micro-batches of this epoch
         resume.install()
 
     def config(self, output_dir: str) -> SpotConfig:
@@ -83,9 +85,8 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Trainer, session: Session, restored: resume.Restored | None) -> None:
         """A `train()` call begins. restored: what the Trainer is about to load, if it is one of ours."""
         self._trainer, self._session, self._restored = trainer, session, restored
-        self._live: LiveState | None = None
+        self._live, self._consumed = None, 0
         self._data = DataPosition()
-        self._consumed = 0  # micro-batches of this epoch
         # Passes over a stream before this one; the Trainer takes a stream for one endless epoch.
         self._passes = restored.own["stream_passes"] - 1 if restored else -1
         self._is_deferred = False

@@ -21,13 +21,14 @@ def check_supported(trainer: Trainer) -> None:
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,
         f"training in {args.world_size} processes": args.world_size > 1,
-        "auto_find_batch_size=True (it changes the data order)": args.auto_find_batch_size,
+        "auto_find_batch_size=True, which changes the data order,": args.auto_find_batch_size,
+        "enable_jit_checkpoint=True, which saves on SIGTERM too,": args.enable_jit_checkpoint,
     }
     for what, is_used in refusals.items():
         if is_used:
             raise ConfigError(
-                f"hf_spot cannot capture {what} yet, so it refuses to start rather than fail to resume. "
-                "Remove the callback to train without it; nothing was written."
+                f"SpotCallback does not work with {what} yet, and refuses to start rather than fail to resume. "
+                "Nothing was written. Change that setting, or train without the callback."
             )
 
 

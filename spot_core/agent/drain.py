@@ -142,8 +142,10 @@ class Drain:
     def prune(self) -> None:
         """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
         pinned = self._pinned(resume.names(self._local))
-        for tier, keep in ((self._remote, self._keep_remote), (self._local, self._keep_local)):
-            doomed = retention.superseded(resume.names(tier), keep=keep, durable=self._durable, pinned=pinned)
+        # A backlog may be longer than keep_local and still be wanted on the remote.
+        wanted = pinned.union(self.pending())
+        for tier, keep, stay in ((self._remote, self._keep_remote, pinned), (self._local, self._keep_local, wanted)):
+            doomed = retention.superseded(resume.names(tier), keep=keep, durable=self._durable, pinned=stay)
             retention.delete_checkpoints(tier, doomed)
             if tier is self._remote:
                 self._durable -= set(doomed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,12 +63,15 @@ class Life:
 
 def read_lives(tier: Tier, *, most: int = _MOST_LIVES) -> list[Life]:
     """The newest lives of a run, oldest first. A record that cannot be read is skipped with a line in the log."""
-    found = []
-    for entry in tier.list(layout.LIVES)[-most:]:
-        if layout.numbered(entry) is None:
-            continue
-        try:
-            found.append(Life.from_json(tier.read(f"{layout.LIVES}/{entry}")))
-        except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
-            logger.warning("life record %s/%s is not readable and is left out: %r", layout.LIVES, entry, error)
-    return found
+    entries = [entry for entry in tier.list(layout.LIVES) if layout.numbered(entry) is not None]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda entry: _read_life(tier, entry), entries[-most:]))
+    return [life for life in found if life is not None]
+
+
+def _read_life(tier: Tier, entry: str) -> Life | None:
+    try:
+        return Life.from_json(tier.read(f"{layout.LIVES}/{entry}"))
+    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+        logger.warning("life record %s/%s is not readable and is left out: %r", layout.LIVES, entry, error)
+        return None

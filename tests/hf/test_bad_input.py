@@ -151,6 +151,22 @@ def test_local_disk_smaller_than_a_checkpoint_is_refused(spec: JobSpec, monkeypa
         check_usable(Path(spec.folder), 1 << 60)
 
 
+@pytest.mark.parametrize("setting", ["auto_find_batch_size", "enable_jit_checkpoint"])
+def test_a_setting_that_cannot_be_resumed_exactly_is_refused(setting: str, spec: JobSpec) -> None:
+    result = live(dataclasses.replace(spec, arguments={setting: True}))
+    assert result.exit_code == 1
+    assert f"does not work with {setting}=True" in result.log
+    assert not Path(spec.folder, "remote").exists()
+
+
+def test_evaluating_without_training_needs_no_session(tmp_path: Path) -> None:
+    from tests.hf.job import trainer_of
+
+    trainer = trainer_of(JobSpec(folder=str(tmp_path), kind="full"))
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not Path(tmp_path, "remote").exists()
+
+
 def test_two_callbacks_on_one_trainer_are_refused(tmp_path: Path) -> None:
     from tests.hf.job import trainer_of
 
