@@ -24,6 +24,7 @@ from hf_spot.identity import check_supported, run_identity
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
 from spot_core.errors import ConfigError
+from spot_core.report import loggers
 from spot_core.session import ResumePoint, Session
 from spot_core.store import layout
 
@@ -93,6 +94,8 @@ def _train(
     skips_data = trainer.args.ignore_data_skip
     try:
         restored = _materialise(session.resume, trainer) if session.resume else None
+        if session.resume is not None:
+            loggers.resume(session.resume.manifest.loggers)
         if restored is not None and restored.own["stream_passes"] > 0:
             # Skipping what was read in all passes would exhaust the first one and end training early.
             trainer.args.ignore_data_skip = True

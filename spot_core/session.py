@@ -31,6 +31,7 @@ from spot_core.cadence.hazard import Hazard, LifeSpan
 from spot_core.config import SpotConfig
 from spot_core.errors import FencedError
 from spot_core.notice.signals import SignalWatcher
+from spot_core.report import loggers
 from spot_core.report.log import make_visible
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile
@@ -275,6 +276,7 @@ class Session:
             versions=self._versions,
             world={key: value for key, value in self._identity.facts.items() if isinstance(value, int)},
             notes=content.notes,
+            loggers=loggers.running(),
             base_fingerprint=self._base_fingerprint,
             pins=pins,
         )

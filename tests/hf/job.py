@@ -43,6 +43,7 @@ class JobSpec:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 7
     stop_at: int | None = None  # a user's own early stop
+    tracks: bool = False  # let Weights & Biases write below the folder
 
 
 class Tokens(Dataset):
@@ -252,6 +253,8 @@ def _sft_trainer(arguments: dict[str, Any], callbacks: list[Any]) -> Trainer:
 def run(spec: JobSpec) -> None:
     """The user's script: build, train, save."""
     folder = Path(spec.folder)
+    if spec.tracks:
+        os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DIR=spec.folder)
     trainer = trainer_of(spec)
     seen = open(folder / "seen.jsonl", "a", buffering=1)
 

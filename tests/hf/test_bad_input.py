@@ -50,7 +50,7 @@ def test_unknown_scheme_is_refused(spec: JobSpec) -> None:
     ("options", "message"),
     [
         ({"interval_s": 0.0}, "interval_s=0.0 is not valid"),
-        ({"keep_local": 0}, "keep_local=0 is not valid: it must be 1 or more"),
+        ({"keep_local": 0}, "keep_local=0 is not valid: it must be a whole number, 1 or more"),
         ({"keep_remote": -1}, "keep_remote=-1 is not valid"),
         ({"grace_s": 0}, "grace_s=0 is not valid"),
         ({"preempt_exit_code": 0}, "0 would make a preempted run look finished"),

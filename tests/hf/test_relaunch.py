@@ -201,3 +201,13 @@ def test_stream_in_its_second_pass_goes_on_to_the_last_step_and_says_what_it_los
     assert "not bit-exact" in result.log
     assert "it starts over" in result.log
     assert final(stream)["step"] == 24
+
+
+def test_a_resumed_life_continues_the_tracker_run(spec: JobSpec) -> None:
+    """Weights & Biases, offline: both lives write the same run."""
+    tracked = dataclasses.replace(spec, arguments={"report_to": "wandb"}, tracks=True)
+    assert live(dataclasses.replace(tracked, dies="step:15")).exit_code == -signal.SIGKILL
+    assert live(tracked).exit_code == 0
+    runs = [path.name.rpartition("-") for path in Path(spec.folder, "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len({run_id for _, _, run_id in runs}) == 1
