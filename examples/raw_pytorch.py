@@ -1,7 +1,6 @@
 """A plain PyTorch loop on the core, without any trainer: the third adapter, in one file.
 
     python examples/raw_pytorch.py --remote runs/raw/remote/raw --local runs/raw/local
-
 Kill it at any moment and run it again: it continues, and ends with the weights of a run that was never killed.
 """
 
@@ -17,13 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spot_core.config import SpotConfig
 from spot_core.data.position import DataPosition, DataState
-from spot_core.session import Capture, Session
+from spot_core.handover import Capture
+from spot_core.session import Session
 from spot_core.snapshot import rng
 from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.fingerprint import of_tensors
 from spot_core.store.identity import RunIdentity
 
-BATCH, EPOCHS = 16, 100
+BATCH, EPOCHS = 16, 200
 
 
 def main() -> None:
@@ -48,7 +48,6 @@ def main() -> None:
     position = DataPosition()
     position.track(loader)
     step, resumed = 0, None
-
     # 2. Load what it restored: verified files on this machine.
     if session.resume is not None:
         folder = session.resume.folder / session.resume.manifest.native
@@ -59,10 +58,10 @@ def main() -> None:
         step = session.resume.manifest.step
     if session.is_finished(EPOCHS * len(loader)):
         session.close()
+        print(f"finished at step {step}: weights {of_tensors(model.state_dict().items())}")
         return
 
-    def capture() -> Capture:
-        """Everything that the next life needs, in files of one's own choice."""
+    def capture() -> Capture:  # everything that the next life needs, in files of one's own choice
         native, here = f"step-{step}", position.state(step % len(loader), rng.capture())
         return Capture(
             step=step,

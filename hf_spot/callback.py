@@ -22,7 +22,8 @@ from hf_spot.state import LiveState
 from spot_core.config import SpotConfig
 from spot_core.data.position import DataPosition
 from spot_core.errors import ConfigError
-from spot_core.session import Capture, Session
+from spot_core.handover import Capture
+from spot_core.session import Session
 from spot_core.snapshot import rng
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from hf_spot.identity import check_supported, run_identity
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
 from spot_core.errors import ConfigError
+from spot_core.handover import ResumePoint
 from spot_core.report import loggers
-from spot_core.session import ResumePoint, Session
+from spot_core.session import Session
 from spot_core.store import layout
 
 if TYPE_CHECKING:

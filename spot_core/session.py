@@ -17,8 +17,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -30,11 +28,11 @@ from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import Hazard, LifeSpan
 from spot_core.config import SpotConfig
 from spot_core.errors import FencedError
+from spot_core.handover import Capture, Preempted, ResumePoint
 from spot_core.notice.signals import SignalWatcher
 from spot_core.report import loggers
 from spot_core.report.log import make_visible
 from spot_core.snapshot.capture import Snapshotter
-from spot_core.snapshot.files import NativeFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
 from spot_core.store import layout, resume
 from spot_core.store.identity import RunIdentity
@@ -43,37 +41,6 @@ from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier, check_usable
 
 logger = logging.getLogger(__name__)
-
-
-class Preempted(SystemExit):
-    """Ends the process of a preempted run with the configured exit code."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capture:
-    """What an adapter hands over at a boundary. native: the part of `files` that stock tools load.
-
-    max_steps: steps this training is to last, if known. notes: why a resume from here is not bit-exact.
-    pinned_step: step of an earlier checkpoint that must be kept with this one (the best model), if any.
-    """
-
-    step: int
-    epoch: float
-    native: str
-    files: list[NativeFile]
-    max_steps: int | None = None
-    notes: tuple[str, ...] = ()
-    pinned_step: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """A verified checkpoint. folder: its files on the local tier; pinned: folder of the checkpoint it refers to."""
-
-    manifest: Manifest
-    folder: Path
-    source: str
-    pinned: Path | None
 
 
 class Session:
@@ -161,8 +128,12 @@ class Session:
         notes: reasons why this resume is not bit-exact.
         """
         number = self._client.incarnation or self._client.claim()
-        self._log_resume(number, notes)
         point = self.resume
+        why = "nothing is stored yet" if self.config.resume else "resume is off"
+        logger.info(
+            "%s",
+            point.verdict(number, self._versions, notes) if point else f"fresh start as incarnation {number}: {why}",
+        )
         if point is not None:
             self._captured_step = point.manifest.step
             self._committed[point.manifest.step] = point.manifest.name
@@ -175,24 +146,6 @@ class Session:
         self._agent.start()
         self._signals.install()
         self._last = time.perf_counter()
-
-    def _log_resume(self, number: int, notes: tuple[str, ...]) -> None:
-        point = self.resume
-        if point is None:
-            why = "nothing is stored yet" if self.config.resume else "resume is off"
-            logger.info("fresh start as incarnation %d: %s", number, why)
-            return
-        then, now = point.manifest.versions, self._versions
-        changed = [f"{key} {then[key]} -> {now[key]}" for key in then if key in now and then[key] != now[key]]
-        reasons = [*point.manifest.notes, *notes, *changed]
-        logger.info(
-            "resume: step %d from the %s tier, checkpoint %s, as incarnation %d; %s",
-            point.manifest.step,
-            point.source,
-            point.manifest.name,
-            number,
-            "not bit-exact: " + "; ".join(reasons) if reasons else "bit-exact",
-        )
 
     # -- while training ------------------------------------------------------------------------------------
 

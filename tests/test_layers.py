@@ -25,8 +25,12 @@ ALLOWED: dict[str, set[str]] = {
     "spot_core.report": BELOW | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core"},
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
+    "spot_core.handover": {"spot_core.store", "spot_core.snapshot"},
     "spot_core.session": BELOW
-    | {f"spot_core.{part}" for part in ("store", "cadence", "notice", "snapshot", "data", "agent", "report")},
+    | {
+        f"spot_core.{part}"
+        for part in ("handover", "store", "cadence", "notice", "snapshot", "data", "agent", "report")
+    },
     "hf_spot": {"spot_core"},
     "lightning_spot": {"spot_core"},
 }
@@ -66,6 +70,7 @@ def test_every_package_has_a_layer() -> None:
         "spot_core.__init__",
         "spot_core.errors",
         "spot_core.config",
+        "spot_core.handover",
         "spot_core.session",
     }
 
@@ -83,6 +88,6 @@ def test_modules_stay_small() -> None:
         str(path.relative_to(ROOT)): lines
         for package in ("spot_core", "hf_spot", "lightning_spot")
         for path in (ROOT / package).rglob("*.py")
-        if (lines := len(path.read_text().splitlines())) > 400
+        if (lines := len(path.read_text().splitlines())) > 350
     }
     assert not long

@@ -154,6 +154,7 @@ class Drain:
         """What the checkpoints that stay refer to: kept on either tier, or still to be drained."""
         newest = self.newest_durable
         kept = {*sorted(local)[-self._keep_local :], *sorted(self._durable)[-self._keep_remote :]}
+        kept.update(sorted({*local, *self._durable})[-self._keep_remote :])
         kept.update(name for name in local if newest is None or name > newest)
         return {pin for pin in map(self._pin, kept) if pin is not None}
 

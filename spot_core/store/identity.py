@@ -83,7 +83,10 @@ def check_same_run(local: Tier, stored: Mapping[str, Any] | None) -> None:
 
 
 def create_run(local: Tier, remote: Tier, identity: RunIdentity, created: float) -> str:
-    """Write run.json where it is missing and return the run id. Racing first lives agree on one."""
+    """Write run.json where it is missing and return the run id. Racing first lives agree on one.
+
+    Raises ConfigError if the remote turns out to hold a different run.
+    """
     stored = read_run(remote)
     if stored is None:
         body = {
@@ -98,7 +101,8 @@ def create_run(local: Tier, remote: Tier, identity: RunIdentity, created: float)
         except CommitConflictError:
             pass
         stored = read_run(remote)
-        check_identity(stored, identity, remote.url)
+    # Also when it was there already: since the last look, another run's first life may have created it.
+    check_identity(stored, identity, remote.url)
     assert stored is not None
     if read_run(local) is None:
         local.create(layout.RUN, remote.read(layout.RUN))

@@ -136,6 +136,16 @@ class TierContract:
         other.delete(["manifests/1.json"])
         assert tier.list("manifests") == ["0.json", "2.json"]
 
+    def test_another_writers_new_content_is_read_whole(self, tier: Tier, other: Tier, tmp_path: Path) -> None:
+        """A listing that is remembered knows the old size."""
+        for content in (b"short", b"much longer than before", b"!"):
+            other.replace("lives/000001.json", content)
+            assert tier.read("lives/000001.json") == content
+            assert tier.record("lives/000001.json").bytes == len(content)
+            tier.download("lives/000001.json", tmp_path / "target", lambda _: None)
+            assert (tmp_path / "target").read_bytes() == content
+            assert tier.list("lives") == ["000001.json"]
+
     def test_reading_what_is_missing_raises_file_not_found(self, tier: Tier, tmp_path: Path) -> None:
         tier.create("manifests/one.json", b"content")
         target = tmp_path / "target"

@@ -173,6 +173,41 @@ def test_what_a_commit_that_still_waits_pins_is_not_deleted_meanwhile(local: Pos
     assert_run_invariants(local, remote, durable=THREE)
 
 
+def test_every_commit_that_still_waits_keeps_what_it_pins(local: PosixTier, remote: PosixTier) -> None:
+    """The newest of them may turn out to be damaged; then the one before it is drained after all."""
+    drain = make_drain(local, remote, keep_local=1, keep_remote=1)
+    commit_checkpoint(local, ONE)
+    drain_all(drain)
+    commit_checkpoint(local, TWO)
+
+    def commit_others(name: CheckpointName, done: int, total: int) -> None:
+        if done == total and FOUR not in resume.names(local):
+            commit_checkpoint(local, THREE, pins=ONE)
+            commit_checkpoint(local, FOUR)
+
+    drain.step(commit_others)
+    assert ONE in resume.names(local)
+    local.delete([layout.checkpoint(FOUR)])
+    assert drain_all(drain) == [THREE]
+    assert ONE in resume.names(remote)
+    assert remote.list(layout.CHECKPOINTS) == [str(ONE), str(THREE)]
+
+
+def test_a_backlog_keeps_what_it_pins(local: PosixTier, remote: PosixTier) -> None:
+    drain = make_drain(local, remote, keep_local=1, keep_remote=2)
+    commit_checkpoint(local, ONE)
+    drain_all(drain)
+    commit_checkpoint(local, TWO)
+    drain_all(drain)
+    commit_checkpoint(local, THREE, pins=ONE)
+    commit_checkpoint(local, FOUR)
+    uploaded: set[CheckpointName] = set()
+    while drain.step(lambda name, *_: uploaded.add(name)) is not None:
+        assert ONE in resume.names(remote)
+    assert resume.names(remote) == [FOUR, THREE, ONE]
+    assert uploaded == {THREE, FOUR}, "what was pinned had to be uploaded again"
+
+
 def test_what_an_older_kept_one_pins_stays_on_the_remote_while_newer_ones_wait(
     local: PosixTier, remote: PosixTier
 ) -> None:

@@ -173,11 +173,14 @@ def test_a_signal_to_the_agent_does_not_stop_the_drain(place: Place, signum: sig
     assert place.life().outcome == lives.COMPLETED
 
 
-def test_a_signal_to_the_trainers_group_ends_the_trainer_and_not_the_drain(place: Place) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_to_the_trainers_group_ends_the_trainer_and_not_the_drain(
+    place: Place, signum: signal.Signals
+) -> None:
     trainer = place.opened()
     trainer.do("commit", 10, LARGE)
-    trainer.signal_group(signal.SIGTERM)
-    assert trainer.wait() == -signal.SIGTERM
+    trainer.signal_group(signum)
+    assert trainer.wait() == -signum
     wait_for_end(trainer)
     assert resume.names(place.remote) == [CheckpointName(1, 10)]
     assert place.life().outcome == lives.DIED

@@ -83,7 +83,7 @@ def test_a_loop_of_ones_own_survives_the_rehearsal_bit_for_bit(tmp_path: Path) -
         "spot_core.report.cli",
         "chaos",
         "--kill-every",
-        "4.5",
+        "3.5",
         "--lives",
         "4",
         "--wipe",
@@ -100,5 +100,5 @@ def test_a_loop_of_ones_own_survives_the_rehearsal_bit_for_bit(tmp_path: Path) -
     assert weights == calm.stdout.strip().splitlines()[-1]
     report = json.loads(body)
     assert report["lives"][-1]["ending"] == "finished"
-    assert sum(life["exit_code"] == -9 for life in report["lives"]) >= 2
+    assert sum(life["exit_code"] == -9 for life in report["lives"]) >= 1
     assert any(life["resumed_step"] for life in report["lives"])

@@ -34,10 +34,12 @@ _PATCHED = ("write", "fsync", "replace", "rename", "link", "mkdir", "unlink", "r
 
 
 class Killer:
-    """Counts file operations of this process and ends it with SIGKILL at one of them."""
+    """Counts file operations of this process and ends it with SIGKILL at one of them, which it notes in a file."""
 
-    def __init__(self, nth: int, when: str) -> None:
+    def __init__(self, nth: int, when: str, note: Path) -> None:
         self._nth, self._when = nth, when
+        self._note = os.open(note, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._write = os.write
         self.count = 0
 
     def install(self) -> None:
@@ -50,7 +52,7 @@ class Killer:
             self.count += 1
             if self.count != self._nth:
                 return function(*args, **kwargs)
-            print(json.dumps({"operation": f"{name}({args[0]!r})"}), flush=True)
+            self._write(self._note, f"{name}({args[0]!r})".encode())
             try:
                 if self._when == "after":
                     function(*args, **kwargs)
@@ -92,25 +94,29 @@ def commit_b(folder: Path, killer: Killer) -> Written:
 
 def main(template: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    nth = 1
+    nth, operation = 0, ""
     while True:
+        nth += 1
         for when in MOMENTS:
+            if when == "midway" and not operation.startswith("os.write("):
+                continue  # only a write has a middle
             target = folder / f"{nth}-{when}"
             shutil.copytree(template, target)
-            status = _in_a_fork(target, Killer(nth, when))
+            status = _in_a_fork(target, nth, when)
             is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            print(json.dumps({"folder": str(target), "is_killed": is_killed, "status": status}), flush=True)
+            operation = (target / "died-at").read_text()
+            point = {"operation": operation, "when": when, "folder": str(target), "is_killed": is_killed}
+            print(json.dumps({**point, "status": status}), flush=True)
             if not is_killed:
                 return
-        nth += 1
 
 
-def _in_a_fork(target: Path, killer: Killer) -> int:
+def _in_a_fork(target: Path, nth: int, when: str) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            code = 0 if commit_b(target, killer).error is None else 2
+            code = 0 if commit_b(target, Killer(nth, when, target / "died-at")).error is None else 2
         finally:
             os._exit(code)
     return os.waitpid(pid, 0)[1]

@@ -86,6 +86,9 @@ BAD: dict[str, Change] = {
     "a path that is a number": _file(path=7),
     "the same path twice": _file(path="state.bin"),
     "the same path in two spellings": _file(path=".//state.bin"),
+    "the same path in another spelling later": lambda body: body["files"][1].update(
+        path="./checkpoint-1200//model.safetensors"
+    ),
     "a negative size": _file(bytes=-1),
     "an absurd size": _file(bytes=1 << 60),
     "an infinite size": _file(bytes=float("inf")),

@@ -72,7 +72,9 @@ def test_what_is_on_both_tiers_is_taken_from_the_local_one(local: PosixTier, rem
 
 def test_a_higher_incarnation_beats_a_higher_step(local: PosixTier, remote: PosixTier) -> None:
     """The newer life resumed from below the step that the older one went on to reach before it was fenced."""
-    commit_checkpoint(local, CheckpointName(1, 9000))
+    for name in (CheckpointName(2, 5), CheckpointName(1, 9000)):
+        commit_checkpoint(local, name)
+    assert resume.names(local) == [CheckpointName(2, 5), CheckpointName(1, 9000)]
     commit_checkpoint(remote, CheckpointName(2, 10))
     assert_restored(local, remote, CheckpointName(2, 10), "remote")
 
