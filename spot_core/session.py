@@ -27,7 +27,7 @@ from spot_core.agent.monitor import AgentMonitor
 from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import Hazard, LifeSpan
 from spot_core.config import SpotConfig
-from spot_core.errors import FencedError
+from spot_core.errors import FencedError, TierError
 from spot_core.handover import Capture, Preempted, ResumePoint
 from spot_core.notice.signals import SignalWatcher
 from spot_core.report import loggers
@@ -275,13 +275,10 @@ class Session:
         newest = max(self._committed.values(), default=None)
         is_durable = newest is not None and agent.wait_durable(newest, deadline)
         self._end(lives.PREEMPTED)
+        where = "durable on the remote" if is_durable else "on the local tier only, the agent goes on draining it"
         logger.warning(
             "preempted: %s; leaving with exit code %d, run the same command again to continue",
-            "no checkpoint was made in this life"
-            if newest is None
-            else f"step {newest.step} is durable on the remote"
-            if is_durable
-            else f"step {newest.step} is durable on the local tier, the agent goes on draining it",
+            f"step {newest.step} is {where}" if newest else "nothing could be committed in time",
             self.config.preempt_exit_code,
         )
         raise Preempted(self.config.preempt_exit_code)
@@ -297,8 +294,11 @@ class Session:
         self._snapshot(lambda: content)
         writer.wait()
         name = self._committed.get(content.step)
-        if name is not None:
-            resume.mark_complete(self._tier, name, content.max_steps)
+        try:
+            if name is not None:
+                resume.mark_complete(self._tier, name, content.max_steps)
+        except TierError as error:
+            logger.error("the end of training could not be recorded, run again it will repeat the end: %s", error)
 
     def wait_drained(self) -> None:
         """Wait until everything committed is on the remote, with a progress bar; says so if it does not get there."""
@@ -322,7 +322,10 @@ class Session:
         """Tell the agent how this life ended; only the first word counts."""
         if self._journal is not None and not self._is_ended:
             self._is_ended = True
-            self._journal.write_outcome(outcome)
+            try:
+                self._journal.write_outcome(outcome)
+            except OSError as error:
+                logger.warning("the agent could not be told that this life %s: %s", outcome, error)
         if self._agent is not None:
             self._agent.close()
 

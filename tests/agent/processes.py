@@ -100,3 +100,7 @@ def eventually(condition: Callable[[], object], what: str, timeout_s: float = _T
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain until {what}"
         time.sleep(0.02)
+
+
+def wait_for_end(trainer: TrainerProcess) -> None:
+    eventually(lambda: not is_running(trainer.agent), "the agent ends by itself")
