@@ -119,8 +119,10 @@ def _open_once(
         # The life before this one committed once more before it saw the claim.
         restored = resume.newest_valid(local, remote, on_progress)
         pin = _fetch_pin(restored, local, remote, on_progress)
-    for tier in (local, remote):
-        retention.sweep_orphans(tier, resume.names(tier), before_incarnation=number)
+    retention.sweep_orphans(local, resume.names(local), before_incarnation=number)
+    # The agent of the life right before may be between its last look at the fence and its manifest: what looks like
+    # its orphan is left to the next life.
+    retention.sweep_orphans(remote, resume.names(remote), before_incarnation=number - 1)
     lives = [life for life in read_lives(remote) if life.incarnation < number]
     return Opened(number, restored, pin, lives)
 
