@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tests.hf.job import JobSpec
@@ -146,6 +147,17 @@ def _numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for entry in log
         if "train_runtime" not in entry
     ]
+
+
+def lose_instance(run_folder: Path) -> None:
+    """The agent and everything that was on the instance's disk are gone."""
+    for status in (run_folder / "journal").glob("0*.agent.json"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent = psutil.Process(json.loads(status.read_text())["pid"])
+            if "spot_core.agent" in agent.cmdline():
+                agent.kill()
+                psutil.wait_procs([agent], timeout=10)
+    shutil.rmtree(run_folder)
 
 
 def wait_for(condition: Any, timeout_s: float = 30.0) -> None:

@@ -17,7 +17,7 @@ import pytest
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.hf.lives import Life, assert_same_training, live, uninterrupted, wait_for
+from tests.hf.lives import Life, assert_same_training, live, lose_instance, uninterrupted, wait_for
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> N
     newest = resume.names(PosixTier(small_disk / "job"))[0]
     resume.verify(PosixTier(small_disk / "job"), resume.read_manifest(PosixTier(small_disk / "job"), newest))
     filler.unlink()
+    lose_instance(small_disk / "job")
     shutil.rmtree(spec.folder)
-    shutil.rmtree(small_disk / "job")
     assert live(spec).exit_code == 0
     assert_same_training(spec, reference)
 

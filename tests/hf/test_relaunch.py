@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,14 +10,22 @@ import shutil
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.hf.lives import Life, assert_same_training, final, live, live_to_the_end, uninterrupted, wait_for
+from tests.hf.lives import (
+    Life,
+    assert_same_training,
+    final,
+    live,
+    live_to_the_end,
+    lose_instance,
+    uninterrupted,
+    wait_for,
+)
 
 BEST = {
     "eval_strategy": "steps",
@@ -40,18 +47,6 @@ def local_of(spec: JobSpec) -> PosixTier:
     return PosixTier(f"{spec.folder}/local/job")
 
 
-def lose_instance(spec: JobSpec) -> None:
-    """The agent and everything that was on the instance's disk are gone."""
-    for status in Path(spec.folder, "local/job/journal").glob("*.agent.json"):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(json.loads(status.read_text())["pid"])
-            if "spot_core.agent" in agent.cmdline():
-                agent.kill()
-                psutil.wait_procs([agent], timeout=10)
-    shutil.rmtree(local_of(spec).root)
-    shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
-
-
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
     return JobSpec(folder=str(tmp_path / "job"))
@@ -59,18 +54,20 @@ def spec(tmp_path: Path) -> JobSpec:
 
 def test_killed_at_random_moments_ends_bit_equal(tmp_path: Path) -> None:
     """Kills from outside at any instruction, start-up and restore included; every third one loses the instance."""
-    spec = JobSpec(folder=str(tmp_path / "job"), arguments={"eval_strategy": "steps", "eval_steps": 4})
+    spec = JobSpec(
+        folder=str(tmp_path / "job"), arguments={"eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 9}
+    )
     reference = uninterrupted(spec, tmp_path / "reference")
     rng = random.Random(20)
     killed = 0
-    for number in range(12):
-        life = live(spec, kill_after_s=rng.uniform(0.3, 2.2))
+    for number in range(15):
+        life = live(spec, kill_after_s=rng.uniform(0.3, 1.6))
         if life.exit_code == 0:
             break
         assert life.exit_code == -signal.SIGKILL, life.log[-3000:]
         killed += 1
         if number % 3 == 2 and resume.names(remote_of(spec)):
-            lose_instance(spec)
+            lose_instance(local_of(spec).root)
     assert killed >= 2
     assert live(spec).exit_code == 0
     assert_same_training(spec, reference)
@@ -104,7 +101,8 @@ def test_new_machine_resumes_from_the_remote(spec: JobSpec, tmp_path: Path) -> N
     assert life.result().exit_code == -signal.SIGKILL
     newest = resume.names(local_of(spec))[0]
     wait_for(lambda: resume.names(remote_of(spec))[:1] == [newest])
-    lose_instance(spec)
+    lose_instance(local_of(spec).root)
+    shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
     result = live(spec)
     assert f"resume: step {newest.step} from the remote tier" in result.log
     assert_same_training(spec, reference)
@@ -117,7 +115,8 @@ def test_best_model_survives_a_new_machine(tmp_path: Path) -> None:
     assert 0 < best_step["best_global_step"] < 20, "the case needs an early best model"
     assert live(dataclasses.replace(spec, dies="step:23")).exit_code == -signal.SIGKILL
     wait_for(lambda: resume.names(remote_of(spec)) and resume.names(remote_of(spec))[0].step >= 16)
-    lose_instance(spec)
+    lose_instance(local_of(spec).root)
+    shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
     result = live(spec)
     assert result.exit_code == 0, result.log[-3000:]
     assert "restoring the best model" in result.log
