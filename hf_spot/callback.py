@@ -94,11 +94,9 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._has_new_best = False
         self._is_finished = False
 
-    def detach(self, error: BaseException | None) -> None:
+    def detach(self) -> None:
         """The `train()` call is over."""
-        session, self._session, self._trainer, self._live = self._session, None, None, None
-        if session is not None:
-            session.close(error)
+        self._session, self._trainer, self._live = None, None, None
 
     # -- the Trainer's hooks -------------------------------------------------------------------------------
 

@@ -112,7 +112,8 @@ def _train(
         raise
     finally:
         trainer.args.ignore_data_skip = skips_data
-        callback.detach(error)
+        callback.detach()
+        session.close(error)
 
 
 def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> Session:
@@ -142,7 +143,8 @@ def _materialise(point: ResumePoint, trainer: Trainer) -> Restored:
     """
     native = point.folder / point.manifest.native
     view = point.folder.parents[1] / layout.STAGING / f"resume-{os.getpid()}" / point.manifest.native
-    shutil.rmtree(view.parent, ignore_errors=True)
+    for stale in view.parents[1].glob("resume-*"):
+        shutil.rmtree(stale, ignore_errors=True)  # of a life killed before it had loaded: links keep pruned files
     for source in native.rglob("*"):
         relative = source.relative_to(native)
         if source.is_file() and relative.name not in {RNG_STATE, TRAINER_STATE}:
