@@ -7,7 +7,6 @@ Kill it at any moment and run it again: it continues, and ends with the weights 
 from __future__ import annotations
 
 import argparse
-import io
 
 import torch
 from safetensors.torch import load_file
@@ -19,7 +18,7 @@ from spot_core.data.position import DataPosition, DataState
 from spot_core.handover import Capture
 from spot_core.session import Session
 from spot_core.snapshot import rng
-from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile
+from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, torch_bytes
 from spot_core.snapshot.fingerprint import of_tensors
 from spot_core.store.identity import RunIdentity
 
@@ -72,7 +71,7 @@ def main() -> None:
                 SafetensorsFile(path=f"{native}/model.safetensors", tensors=model.state_dict()),
                 TorchFile(path=f"{native}/optimizer.pt", tree=optimizer.state_dict()),
                 TorchFile(path=f"{native}/schedule.pt", tree=schedule.state_dict(), is_volatile=True),
-                BytesFile(path="data.pt", content=lambda: _bytes(here.to_portable())),
+                BytesFile(path="data.pt", content=lambda: torch_bytes(here.to_portable())),
             ],
         )
 
@@ -106,12 +105,6 @@ def main() -> None:
         raise
     session.close()
     print(f"finished at step {step}: weights {of_tensors(model.state_dict().items())}")
-
-
-def _bytes(tree: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tree, buffer)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

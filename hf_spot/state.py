@@ -7,7 +7,6 @@ it `spot_state.pt`: data position, random state at each moment that matters, run
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from hf_spot.weights import LiveWeights, live_weights, static_files
 from spot_core.data.position import DataState
 from spot_core.errors import CorruptCheckpointError
-from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile
+from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile, same_bits, torch_bytes
 from spot_core.snapshot.rng import RngState
 
 SPOT_STATE = "spot_state.pt"
@@ -60,8 +59,8 @@ class LiveState:
         }
         files += [
             BytesFile(path=f"{native}/{TRAINER_STATE}", content=lambda: _json_bytes(record)),
-            BytesFile(path=f"{native}/{RNG_STATE}", content=lambda: _torch_bytes(_native_rng(data.step))),
-            BytesFile(path=SPOT_STATE, content=lambda: _torch_bytes({**own, "data": data.to_portable()})),
+            BytesFile(path=f"{native}/{RNG_STATE}", content=lambda: torch_bytes(_native_rng(data.step))),
+            BytesFile(path=SPOT_STATE, content=lambda: torch_bytes({**own, "data": data.to_portable()})),
         ]
         files += [BytesFile(path=f"{native}/{path}", content=_constant(data)) for path, data in self._static.items()]
         return files
@@ -88,7 +87,7 @@ class LiveState:
             with safe_open(folder / path, framework="pt") as stored:
                 keys = set(stored.keys())
                 wrong = sorted(keys ^ tensors.keys())
-                wrong += [k for k in tensors if k in keys and not _same(stored.get_tensor(k), tensors[k])]
+                wrong += [k for k in tensors if k in keys and not same_bits(stored.get_tensor(k), tensors[k])]
             if wrong:
                 raise CorruptCheckpointError(
                     f"after loading {path}, {len(wrong)} tensors of the model are not those of the checkpoint: "
@@ -126,14 +125,14 @@ def _scaler_bytes(scaler: Any) -> Callable[[], bytes]:
     scale, tracker = getattr(scaler, "_scale", None), getattr(scaler, "_growth_tracker", None)
     if not isinstance(scale, torch.Tensor) or not isinstance(tracker, torch.Tensor):
         settled = scaler.state_dict()
-        return lambda: _torch_bytes(settled)
+        return lambda: torch_bytes(settled)
     rest = {
         "growth_factor": scaler.get_growth_factor(),
         "backoff_factor": scaler.get_backoff_factor(),
         "growth_interval": scaler.get_growth_interval(),
     }
     scale, tracker = scale.clone(), tracker.clone()
-    return lambda: _torch_bytes({"scale": scale.item(), **rest, "_growth_tracker": int(tracker.item())})
+    return lambda: torch_bytes({"scale": scale.item(), **rest, "_growth_tracker": int(tracker.item())})
 
 
 def _native_rng(state: RngState) -> dict[str, Any]:
@@ -143,24 +142,9 @@ def _native_rng(state: RngState) -> dict[str, Any]:
     return native
 
 
-def _torch_bytes(tree: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tree, buffer)
-    return buffer.getvalue()
-
-
 def _json_bytes(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _constant(data: bytes) -> Callable[[], bytes]:
     return lambda: data
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b.detach().cpu()))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes, so that NaN equals itself."""
-    return tensor.contiguous().view(-1).view(torch.uint8)

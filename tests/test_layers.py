@@ -21,8 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "spot_core.notice": BELOW,
     "spot_core.snapshot": BELOW | {"spot_core.store"},
     "spot_core.data": BELOW | {"spot_core.snapshot"},
-    "spot_core.agent": BELOW | {"spot_core.store"},
-    "spot_core.report": BELOW | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core"},
+    "spot_core.progress": {"spot_core.store"},
+    "spot_core.agent": BELOW | {"spot_core.store", "spot_core.progress"},
+    "spot_core.report": BELOW
+    | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core.progress", "spot_core"},
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.handover": {"spot_core.store", "spot_core.snapshot"},
@@ -71,6 +73,7 @@ def test_every_package_has_a_layer() -> None:
         "spot_core.errors",
         "spot_core.config",
         "spot_core.handover",
+        "spot_core.progress",
         "spot_core.session",
     }
 

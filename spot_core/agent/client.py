@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from tqdm import tqdm
 
 from spot_core import errors
 from spot_core.agent.lives import Life
 from spot_core.config import SpotConfig
 from spot_core.errors import AgentError, SpotError
+from spot_core.progress import byte_bar
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 
@@ -133,13 +133,11 @@ class AgentClient:
 
     def _await(self, process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
         assert process.stdout is not None
-        bar: tqdm[Any] | None = None
-        try:
+        with byte_bar("restoring", is_in_logs=True) as on_progress:
             for line in process.stdout:
                 event: dict[str, Any] = json.loads(line)
                 if event["event"] == "progress":
-                    bar = bar or byte_bar("restoring", event["total"])
-                    bar.update(event["done"] - bar.n)
+                    on_progress(event["done"], event["total"])
                 elif event["event"] == "log":
                     logger.log(event["level"], "%s", event["message"])
                 elif event["event"] == "error":
@@ -148,9 +146,6 @@ class AgentClient:
                     raise kind(event["message"]) if issubclass(kind, SpotError) else AgentError(event["message"])
                 elif event["event"] == wanted:
                     return event
-        finally:
-            if bar is not None:
-                bar.close()
         raise AgentError(f"the agent process ended with code {process.wait()} before the run was opened")
 
     @staticmethod
@@ -159,11 +154,6 @@ class AgentClient:
         for pipe in pipes:
             if pipe is not None:
                 pipe.close()
-
-
-def byte_bar(what: str, total: int) -> tqdm[Any]:
-    """A progress bar over bytes on standard error."""
-    return tqdm(total=total, desc=f"spot: {what}", unit="B", unit_scale=True, unit_divisor=1024, leave=True)
 
 
 def _environment() -> dict[str, str]:

@@ -11,9 +11,10 @@ import threading
 import time
 from collections import deque
 
-from spot_core.agent.client import AgentClient, byte_bar
+from spot_core.agent.client import AgentClient
 from spot_core.agent.journal import AgentStatus, Journal
 from spot_core.errors import SpotError
+from spot_core.progress import byte_bar
 from spot_core.store.layout import CheckpointName
 
 logger = logging.getLogger(__name__)
@@ -79,18 +80,13 @@ class AgentMonitor:
 
     def wait_ended(self, deadline: float) -> None:
         """Wait until the agent has drained everything and ended, with a progress bar while it uploads."""
-        bar = None
-        while self._client.exit_code() is None and time.monotonic() < deadline:
-            self._read()
-            if self._status.draining:
-                bar = bar or byte_bar("draining", self._status.total_bytes)
-                bar.total = self._status.total_bytes
-                bar.update(self._status.done_bytes - bar.n)
-            time.sleep(_WAIT_S)
+        with byte_bar("draining", is_in_logs=True) as on_progress:
+            while self._client.exit_code() is None and time.monotonic() < deadline:
+                self._read()
+                if self._status.draining:
+                    on_progress(self._status.done_bytes, self._status.total_bytes)
+                time.sleep(_WAIT_S)
         self._read()
-        if bar is not None:
-            bar.update(max(0, self._status.total_bytes - bar.n))
-            bar.close()
 
     def _watch(self) -> None:
         restart_after = 0.0

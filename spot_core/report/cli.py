@@ -24,10 +24,10 @@ from rich.text import Text
 from spot_core.chaos.command import chaos
 from spot_core.config import storage_options_from
 from spot_core.errors import ConfigError, FencedError, SpotError
+from spot_core.progress import byte_bar
 from spot_core.report import draining, places, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
 from spot_core.report.log import make_visible
-from spot_core.report.progress import byte_bar
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_FENCED = 1, 2, 4
 

@@ -7,6 +7,7 @@ forward and backward. Everything else is `volatile` and copied at once.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,22 @@ def _like(original: Any, copied: dict[Any, Any]) -> Any:
         return copied  # a defaultdict and the like: the plain dict loads as well
 
 
+def torch_bytes(tree: Any) -> bytes:
+    """What `torch.save` writes, for small trees."""
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    return buffer.getvalue()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors, wherever they are, have the same dtype, shape and bytes: NaN equals itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_flat_bytes(a), _flat_bytes(b))
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor of nested containers, in the order `rebuild` visits them."""
     if isinstance(tree, torch.Tensor):
@@ -126,5 +143,4 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metad
     file.write(safetensors_header(tensors, metadata))
     for tensor in tensors.values():
         if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(_flat_bytes(tensor).numpy().data)

@@ -25,6 +25,7 @@ from spot_core.snapshot.files import (
     SafetensorsFile,
     TorchFile,
     safetensors_order,
+    same_bits,
     write_safetensors,
 )
 from spot_core.store import incarnation
@@ -175,18 +176,8 @@ def _load_back(staged: Path, files: list[NativeFile]) -> None:
         elif isinstance(file, SafetensorsFile):
             with safe_open(path, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118
-                    if not _same_bits(stored.get_tensor(key), file.tensors[key]):
+                    if not same_bits(stored.get_tensor(key), file.tensors[key]):
                         raise ValueError(f"{file.path}: tensor {key} does not read back as it was captured")
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(
-            a.contiguous().view(-1).view(torch.uint8), b.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        )
-    )
 
 
 def _restorable_globals() -> torch.serialization.safe_globals:
