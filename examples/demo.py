@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,12 +28,27 @@ def train(output: Path) -> list[str]:
     return [sys.executable, str(HERE / "lora_finetune_hf.py"), str(HERE / "lora.yaml"), "--output_dir", str(output)]
 
 
-def run(title: str, command: list[str], **environment: str) -> None:
+def run(title: str, command: list[str], **environment: str) -> str:
+    """Run a command, show what it prints and return it; leave if it fails."""
     print(f"\n== {title}\n   {' '.join(command)}", flush=True)
-    quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-    code = subprocess.run(command, env={**os.environ, **quiet, **environment}, check=False).returncode
-    if code != 0:
-        sys.exit(f"demo: this command ended with exit code {code}")
+    quiet = {"PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    lines = []
+    with subprocess.Popen(command, env={**os.environ, **quiet, **environment}, stdout=subprocess.PIPE, text=True) as it:
+        for line in it.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    if it.returncode != 0:
+        sys.exit(f"demo: this command ended with exit code {it.returncode}")
+    return "".join(lines)
+
+
+def kill_every_s(wall_s: float, printed: str) -> float:
+    """Mean seconds between kills such that no life can do more than a quarter of the training: at least 4 kills.
+
+    wall_s: of the uninterrupted run, which printed its training time. A kill comes after at most 1.5 times the mean.
+    """
+    training_s = float(re.findall(r"'train_runtime': '?([\d.]+)", printed)[-1])
+    return (wall_s - training_s + training_s / 4) / 1.5
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
@@ -44,7 +61,7 @@ def different_tensors(one: Path, other: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="emptied first")
-    parser.add_argument("--kill-every", type=float, default=14.0, help="mean seconds between kills")
+    parser.add_argument("--kill-every", type=float, help="mean seconds between kills; by default four at least")
     parser.add_argument("--seed", type=int, default=None, help="makes the moments of the kills repeatable")
     options = parser.parse_args()
     folder = options.folder.absolute()
@@ -53,11 +70,13 @@ def main() -> None:
 
     # 1. Without the callback: an empty remote leaves it out.
     calm = folder / "uninterrupted"
-    run("uninterrupted, without the callback", [*train(calm), "--spot_remote", ""])
+    began = time.monotonic()
+    printed = run("uninterrupted, without the callback", [*train(calm), "--spot_remote", ""])
+    kill_every = options.kill_every or kill_every_s(time.monotonic() - began, printed)
 
     # 2. Hours of training are seconds here, so the interval is pinned to seconds too; it adapts by itself otherwise.
     stormy = folder / "killed"
-    chaos = [sys.executable, "-m", "spot_core.report.cli", "chaos", "--kill-every", str(options.kill_every)]
+    chaos = [sys.executable, "-m", "spot_core.report.cli", "chaos", "--kill-every", f"{kill_every:.1f}"]
     chaos += ["--lives", str(KILLS), "--wipe", "3"]
     chaos += ["--remote", str(folder / "remote" / "lora-demo"), "--local", str(folder / "nvme")]
     chaos += [] if options.seed is None else ["--seed", str(options.seed)]
