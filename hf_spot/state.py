@@ -54,7 +54,6 @@ class LiveState:
             "stream_passes": stream_passes,
             "buffers": {name: buffer.detach().clone() for name, buffer in self._weights.buffers.items()},
             "tr_loss": trainer._tr_loss.detach().clone(),
-            "total_loss_scalar": trainer._total_loss_scalar,
             "globalstep_last_logged": trainer._globalstep_last_logged,
         }
         files += [
@@ -101,7 +100,8 @@ class LiveState:
         for name, buffer in self._weights.buffers.items():
             buffer.copy_(own["buffers"][name])
         trainer._tr_loss = own["tr_loss"].to(trainer._tr_loss.device)
-        trainer._total_loss_scalar = own["total_loss_scalar"]
+        # The summary's train_loss is this life's: what the last life lost since its last log is not counted twice.
+        trainer._total_loss_scalar = -own["tr_loss"].item()
         trainer._globalstep_last_logged = own["globalstep_last_logged"]
         for callback in trainer.callback_handler.callbacks:
             if not isinstance(callback, ExportableState) or isinstance(callback, TrainerControl):

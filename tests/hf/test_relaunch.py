@@ -221,3 +221,12 @@ def test_a_resumed_life_continues_the_tracker_run(spec: JobSpec) -> None:
     runs = [path.name.rpartition("-") for path in Path(spec.folder, "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert len({run_id for _, _, run_id in runs}) == 1
+
+
+def test_the_summary_speaks_of_this_life_and_not_of_the_sum_of_all(spec: JobSpec) -> None:
+    assert live(dataclasses.replace(spec, dies="step:22")).exit_code == -signal.SIGKILL
+    assert live(spec).exit_code == 0
+    log = final(spec)["log"]
+    logged = [entry["loss"] for entry in log if "loss" in entry]
+    (summary,) = (entry["train_loss"] for entry in log if "train_loss" in entry)
+    assert min(logged) - 0.05 < summary < max(logged) + 0.05
