@@ -12,9 +12,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import peft
-import torch
-import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_spot import resume
@@ -229,12 +226,3 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         if not self._data.is_tracking:
             notes.append("the data is a stream or has its own batch sampler: exact only if its order is fixed")
         return tuple(notes)
-
-
-def versions() -> dict[str, str]:
-    """Library versions that may change the arithmetic."""
-    return {"transformers": transformers.__version__, "peft": peft.__version__}
-
-
-def device_of(trainer: Trainer) -> torch.device:
-    return torch.device(trainer.args.device)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
+import torch
+import transformers
 from transformers import Trainer
 
 from hf_spot.weights import is_peft
@@ -58,3 +61,12 @@ def _samples(dataset: Any) -> int | str:
         return len(dataset)
     except TypeError:
         return "a stream"
+
+
+def versions() -> dict[str, str]:
+    """Library versions that may change the arithmetic."""
+    return {"transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def device_of(trainer: Trainer) -> torch.device:
+    return torch.device(trainer.args.device)

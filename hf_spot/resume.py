@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from hf_spot.identity import check_supported, run_identity
+from hf_spot.identity import check_supported, device_of, run_identity, versions
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
 from spot_core.errors import ConfigError
@@ -117,8 +117,6 @@ def _train(
 
 
 def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> Session:
-    from hf_spot.callback import device_of, versions
-
     config = callback.config(trainer.args.output_dir)
     if not is_resumed:
         config = replace(config, resume=False)

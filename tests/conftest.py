@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spot_core.store.posix import PosixTier
 from tests.servers import S3Server
 
 
@@ -28,3 +29,13 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> PosixTier:
+    return PosixTier(tmp_path / "local")
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> PosixTier:
+    return PosixTier(tmp_path / "remote")

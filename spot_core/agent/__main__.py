@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-import time
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -156,5 +155,4 @@ def _message(error: SpotError) -> str:
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     sys.exit(main())

@@ -35,7 +35,7 @@ class Progress:
 class AgentStatus:
     """The agent's side of the journal.
 
-    drained: checkpoint name -> seconds from local commit to durable on the remote (this life's only).
+    drained: checkpoint name -> seconds from local commit to durable on the remote (the last ones of this life).
     newest_durable: newest name committed and verified on the remote. draining: name being uploaded now.
     """
 

@@ -109,10 +109,8 @@ class AgentMonitor:
         if status.last_failure is not None and self._status.last_failure is None:
             logger.warning("drain failed, training goes on and the drain is retried: %s", status.last_failure)
         self._status = status
-        for name, seconds in status.drained.items():
-            if name not in self._counted:
-                self._counted.add(name)
-                self.uploads.append(seconds)
+        self.uploads.extend(seconds for name, seconds in status.drained.items() if name not in self._counted)
+        self._counted = set(status.drained)
         if status.fence is not None:
             self.fence = status.fence
         newest = self._newest_local

@@ -33,6 +33,7 @@ POLL_S = 0.1
 HEARTBEAT_S = 60.0
 LINGER_S = 900.0
 _STATUS_EVERY_S = 0.2
+_SHOWN_DRAINS = 50
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 EXIT_DRAINED = 0
@@ -127,6 +128,8 @@ class Agent:
         if result is not None:
             name, seconds = result
             self._status.drained[str(name)] = round(seconds, 3)
+            for old in list(self._status.drained)[:-_SHOWN_DRAINS]:
+                del self._status.drained[old]  # the status is rewritten whole: it must not grow with the run
             self._status.last_failure = self._reported = None
             logger.info("checkpoint %s durable in %s after %.1f s", name, self._remote.url, seconds)
         self._publish(force=result is not None)
@@ -188,15 +191,3 @@ class Agent:
                 tier.replace(layout.life(self._life.incarnation), self._life.to_json())
             except (SpotError, OSError) as error:
                 logger.debug("heartbeat not written to %s: %s", tier.url, error)
-
-
-def drain_by_hand(drain: Drain, *, once: bool, on_drained: Callable[[CheckpointName, float], None]) -> None:
-    """`spot agent`: drain what is there, then return (`once`) or keep watching until interrupted."""
-    while True:
-        result = drain.step(lambda *_: None)
-        if result is not None:
-            on_drained(*result)
-        elif once:
-            return
-        else:
-            time.sleep(1.0)

@@ -17,11 +17,9 @@ from types import FrameType
 from typing import Any
 
 from spot_core.agent.drain import Drain
-from spot_core.agent.process import drain_by_hand
 from spot_core.config import absolute_url
 from spot_core.errors import CommitUnknownError, ConfigError, CorruptCheckpointError, TierError
 from spot_core.store import identity, incarnation, layout, resume
-from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier, open_tier
 
@@ -49,7 +47,7 @@ class HandDrain:
         if not self._has_run():
             raise ConfigError(f"{self.local.url} holds no run to drain: there is no {layout.RUN}")
         drain = self._opened()
-        drain_by_hand(drain, once=True, on_drained=self._say)
+        self._drain_all(drain)
         if drain.refused:
             names = ", ".join(map(str, sorted(drain.refused)))
             raise CorruptCheckpointError(f"local checkpoint {names} is damaged and was not drained; all others were")
@@ -64,7 +62,7 @@ class HandDrain:
             is_last = stop.is_set()
             try:
                 if self._has_run():
-                    drain_by_hand(self._opened(), once=True, on_drained=self._say)
+                    self._drain_all(self._opened())
                 failures, reported = 0, ""
             except (TierError, CommitUnknownError) as error:
                 if is_last or resume.is_final(error):
@@ -97,8 +95,9 @@ class HandDrain:
             )
         return self._drain
 
-    def _say(self, name: CheckpointName, age_s: float) -> None:
-        logger.info("checkpoint %s is durable in %s", name, self.remote.url)
+    def _drain_all(self, drain: Drain) -> None:
+        while (drained := drain.step(lambda *_: None)) is not None:
+            logger.info("checkpoint %s is durable in %s", drained[0], self.remote.url)
 
 
 def open_drain(

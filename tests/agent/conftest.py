@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from spot_core.store import incarnation
+from spot_core.store.posix import PosixTier
 from tests.agent.place import Place
 
 
@@ -16,3 +18,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
     yield place
     for trainer in place.trainers:
         trainer.close()
+
+
+@pytest.fixture
+def remote(tmp_path: Path, local: PosixTier) -> PosixTier:
+    """A remote on which life 1 was claimed."""
+    remote = PosixTier(tmp_path / "remote")
+    incarnation.claim(local, remote, 0.0)
+    return remote

@@ -20,20 +20,6 @@ from tests.agent.draining import FOUR, ONE, THREE, TWO, drain_all, make_drain
 from tests.servers import S3Server
 from tests.trees import tree
 
-
-@pytest.fixture
-def local(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "local")
-
-
-@pytest.fixture
-def remote(tmp_path: Path, local: PosixTier) -> PosixTier:
-    """A remote on which life 1 was claimed."""
-    remote = PosixTier(tmp_path / "remote")
-    incarnation.claim(local, remote, 0.0)
-    return remote
-
-
 # -- what is drained, in which order ---------------------------------------------------------------------------
 
 

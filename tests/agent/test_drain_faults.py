@@ -20,19 +20,6 @@ from spot_core.testing.invariants import assert_run_invariants
 from tests.agent.draining import FOUR, ONE, THREE, TWO, drain_all, make_drain
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "local")
-
-
-@pytest.fixture
-def remote(tmp_path: Path, local: PosixTier) -> PosixTier:
-    """A remote on which life 1 was claimed."""
-    remote = PosixTier(tmp_path / "remote")
-    incarnation.claim(local, remote, 0.0)
-    return remote
-
-
 def test_a_remote_that_is_down_from_the_start_is_drained_to_when_it_returns(
     local: PosixTier, remote: PosixTier
 ) -> None:

@@ -31,16 +31,6 @@ from tests.store.claimer import claim_many
 CLAIMERS = 8
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "local")
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "remote")
-
-
 def test_the_first_life_is_1_and_each_further_one_is_newer(local: PosixTier, remote: PosixTier) -> None:
     assert incarnation.newest(remote) == 0
     assert [incarnation.claim(local, remote, float(life)) for life in range(3)] == [1, 2, 3]

@@ -26,16 +26,6 @@ from tests.trees import tree
 OLD, NEW = CheckpointName(1, 10), CheckpointName(1, 20)
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "local")
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> PosixTier:
-    return PosixTier(tmp_path / "remote")
-
-
 def restore(local: PosixTier, remote: Tier) -> Restored | None:
     return resume.newest_valid(local, remote, lambda *_: None)
 
