@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 def main() -> None:
     model_args, data_args, training_args, spot = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
-    tokenizer = build_tokenizer(model_args)
+    tokenizer = build_tokenizer(model_args.model)
     with training_args.main_process_first(desc="reading the dataset"):
         train_dataset, eval_dataset = build_datasets(data_args, tokenizer)
     trainer = Trainer(

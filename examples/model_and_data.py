@@ -88,11 +88,11 @@ def build_model(args: ModelArguments) -> PeftModel:
     return model
 
 
-def build_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase | None:
+def build_tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
     """The named model's tokenizer; None means plain bytes."""
-    if args.model is None:
+    if model is None:
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     return tokenizer
 
 

@@ -18,7 +18,7 @@ from spot_core.data.position import DataPosition, DataState
 from spot_core.handover import Capture
 from spot_core.session import Session
 from spot_core.snapshot import rng
-from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, torch_bytes
+from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, everything, torch_bytes
 from spot_core.snapshot.fingerprint import of_tensors
 from spot_core.store.identity import RunIdentity
 
@@ -70,7 +70,7 @@ def main() -> None:
             files=[
                 SafetensorsFile(path=f"{native}/model.safetensors", tensors=model.state_dict()),
                 TorchFile(path=f"{native}/optimizer.pt", tree=optimizer.state_dict()),
-                TorchFile(path=f"{native}/schedule.pt", tree=schedule.state_dict(), is_volatile=True),
+                TorchFile(path=f"{native}/schedule.pt", tree=schedule.state_dict(), is_volatile=everything),
                 BytesFile(path="data.pt", content=lambda: torch_bytes(here.to_portable())),
             ],
         )

@@ -1,0 +1,132 @@
+"""`SpotCallback`: the options, and Lightning's hooks passed on to the `fit` that is protected.
+
+Holds no policy and no storage, and draws no random number. Nothing happens outside `fit`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning_spot.namespaces import callback_base
+from lightning_spot.protected_fit import ProtectedFit
+from lightning_spot.resume import install
+from spot_core.config import SpotConfig
+from spot_core.errors import ConfigError
+
+_Callback: Any = callback_base()
+
+
+class SpotCallback(_Callback):  # type: ignore[misc]
+    """Makes `trainer.fit()` survive preemption: add it to `callbacks`, run the same command again.
+
+    An explicit `fit(ckpt_path=…)` wins over what is stored. Every option can be set by the environment,
+    SPOT_<OPTION>, which wins (but for storage_options). Raises ConfigError on a bad option.
+
+    Args:
+        remote: URL of the run's folder on storage that outlives the instance, s3://bucket/my-run (any fsspec URL, or
+            a path); the last component names the run. May come from SPOT_REMOTE.
+        local: Folder on this instance's fastest disk. Default: SPOT_LOCAL, a known NVMe mount, .spot in
+            default_root_dir.
+        interval_s: Seconds of training between checkpoints; adapted to cost and observed preemptions if not set.
+        keep_local: Checkpoints kept on this instance.
+        keep_remote: Checkpoints kept on the remote.
+        keep_every: Steps; the first checkpoint at or after each multiple stays on the remote for good.
+        grace_s: Seconds between SIGTERM and the kill.
+        preempt_exit_code: How a preempted run exits.
+        resume: False starts afresh although checkpoints exist.
+        start_timeout_s: Seconds for which an unreachable remote is tried at start.
+        drain_timeout_s: Seconds for which the end of training waits for the remote.
+        storage_options: For the remote's fsspec file system.
+        trainable_only: Leave frozen weights out of the checkpoints; the base must be the same at each start.
+    """
+
+    def __init__(
+        self,
+        remote: str | None = None,
+        *,
+        local: str | None = None,
+        interval_s: float | None = None,
+        keep_local: int = 2,
+        keep_remote: int = 2,
+        keep_every: int | None = None,
+        grace_s: float = 25.0,
+        preempt_exit_code: int = 75,
+        resume: bool = True,
+        start_timeout_s: float = 60.0,
+        drain_timeout_s: float = 600.0,
+        storage_options: Mapping[str, Any] | None = None,
+        trainable_only: bool = True,
+    ) -> None:
+        self._options = {
+            "remote": remote,
+            "local": local,
+            "interval_s": interval_s,
+            "keep_local": keep_local,
+            "keep_remote": keep_remote,
+            "keep_every": keep_every,
+            "grace_s": grace_s,
+            "preempt_exit_code": preempt_exit_code,
+            "resume": resume,
+            "start_timeout_s": start_timeout_s,
+            "drain_timeout_s": drain_timeout_s,
+            "storage_options": storage_options,
+            "trainable_only": trainable_only,
+        }
+        self.is_from_environment = False  # added by the entry point, not by the script
+        self.suffix = ""  # of the run's name, where the environment names one run for several Trainers
+        self.protected: ProtectedFit | None = None  # while `fit` runs
+        install()
+        try:
+            self.config(".")  # a bad option is an error here, not hours later
+        except ConfigError:
+            if not _is_built_by_cli():
+                raise
+
+    def config(self, default_root_dir: str) -> SpotConfig:
+        """The configuration with the environment applied."""
+        config = SpotConfig.resolve(self._options, fallback_local=f"{default_root_dir}/.spot")
+        return replace(config, remote=f"{config.remote}{self.suffix}")
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.protected is not None:
+            # Callbacks of the module may have been put behind this one.
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.protected is not None:
+            self.protected.training_starts()
+        elif not trainer.fast_dev_run:
+            raise ConfigError(
+                "SpotCallback was not told that training starts. Give it to the Trainer, not to configure_callbacks, "
+                "and train with trainer.fit()."
+            )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.protected is not None:
+            self.protected.weights_may_change()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.protected is not None:
+            self.protected.batch_ends()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.protected is not None:
+            self.protected.validation_starts()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.protected is not None:
+            self.protected.epoch_ends()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.protected is not None:
+            self.protected.training_ends()
+
+
+def _is_built_by_cli() -> bool:
+    """Whether LightningCLI makes the callback. It would bury an error under all options, secrets too; fit raises it."""
+    return any(frame.frame.f_globals.get("__name__", "").startswith("jsonargparse.") for frame in inspect.stack(0))

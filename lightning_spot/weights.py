@@ -1,0 +1,128 @@
+"""The frozen base: weights that training does not change and that checkpoints therefore leave out.
+
+Frozen means: `requires_grad` is False, and the values are those of the start. A teacher that follows its student is
+not frozen, although no gradient reaches it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from spot_core.errors import ConfigError
+from spot_core.snapshot import fingerprint
+
+logger = logging.getLogger(__name__)
+
+# Where a checkpoint may hold the module's weights. The second is WeightAveraging's, whose average is in the first.
+WEIGHTS = ("state_dict", "current_model_state")
+
+
+class FrozenBase:
+    """The parameters that were frozen when the model was whole, before a checkpoint was loaded.
+
+    device: where training will take place; fingerprints are computed there.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._parameters = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self._digests = {name: self._digest(name) for name in self._parameters}
+        self._marks = {name: _mark(p) for name, p in self._parameters.items()}
+        self.fingerprint = fingerprint.of_digests(self._digests)
+        self._owners: dict[str, str] = {}  # key of the state dict -> the parameter it holds, or a part of
+        self._known: frozenset[str] = frozenset()  # keys that were looked at
+        self._verified = 0
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, device: torch.device) -> FrozenBase | None:
+        """None if every parameter is trained."""
+        base = cls(module, device)
+        return base if base._digests else None
+
+    def training_starts(self) -> None:
+        """Take note of where the base lies by now: it was moved to the device, and perhaps to another precision."""
+        for name in [name for name, p in self._parameters.items() if _mark(p) != self._marks[name]]:
+            self._digests[name] = self._digest(name)
+            self._marks[name] = _mark(self._parameters[name])
+
+    def verify(self) -> None:
+        """Read every weight again and let go of those that changed, however they were changed."""
+        moved = [name for name in self._parameters if self._digests[name] != self._digest(name)]
+        for name in moved:
+            del self._parameters[name]
+        self._verified += 1
+        if not moved:
+            return
+        logger.log(
+            logging.INFO if self._verified == 1 else logging.WARNING,
+            "%d tensors without gradient are changed by training and are part of the checkpoints from here on: %s",
+            len(moved),
+            ", ".join(moved[:5]),
+        )
+
+    def keys(self, state_dict: Mapping[str, Any]) -> set[str]:
+        """The keys of `state_dict` that hold nothing but the frozen base.
+
+        Quantized layers store a weight's parts below the weight's own key.
+        """
+        if state_dict.keys() != self._known:
+            self._owners, self._known = self._find_owners(state_dict), frozenset(state_dict)
+        for name in [name for name, p in self._parameters.items() if p.requires_grad or _mark(p) != self._marks[name]]:
+            del self._parameters[name]  # unfrozen, or written to in place
+        return {key for key, name in self._owners.items() if self._is_held(state_dict[key], key, name)}
+
+    def _find_owners(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
+        by_pointer = {p.data_ptr(): name for name, p in self._parameters.items() if p.data_ptr()}
+        owners = {}
+        for key, value in state_dict.items():
+            parts = key.split(".")
+            parents = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            owner = next((name for name in parents if name in self._parameters), None)
+            if owner is None and isinstance(value, torch.Tensor):
+                owner = by_pointer.get(value.data_ptr())  # tied under another name
+            if owner is not None:
+                owners[key] = owner
+        return owners
+
+    def _is_held(self, value: Any, key: str, name: str) -> bool:
+        parameter = self._parameters.get(name)
+        # The module may have been given another parameter under the same name.
+        return parameter is not None and (key != name or value.data_ptr() == parameter.data_ptr())
+
+    def _digest(self, name: str) -> str:
+        return fingerprint.of_tensors([(name, self._parameters[name])], device=self._device)
+
+
+def trim(checkpoint: MutableMapping[str, Any], frozen: set[str]) -> None:
+    """Take the frozen base out of a checkpoint, wherever it holds the module's weights."""
+    for place in WEIGHTS:
+        if place in checkpoint:
+            checkpoint[place] = {key: value for key, value in checkpoint[place].items() if key not in frozen}
+
+
+def complete(checkpoint: MutableMapping[str, Any], live: Mapping[str, Any], absent: set[str]) -> None:
+    """Put live weights in the places of those that a checkpoint was stored without, so that it loads strictly.
+
+    Raises ConfigError, naming them, unless the keys that are missing are exactly those that were left out.
+    """
+    for place in WEIGHTS:
+        stored = checkpoint.get(place)
+        if stored is None:
+            continue
+        wrong = sorted((live.keys() - stored.keys()) ^ absent) + sorted(stored.keys() - live.keys())
+        if wrong:
+            raise ConfigError(
+                f"the checkpoint does not fit this model: {len(wrong)} tensors of one have no counterpart in the "
+                f"other, although they should: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}. Training was "
+                "not started; nothing was changed. Build and freeze the model as in the run's earlier lives."
+            )
+        checkpoint[place] = {**stored, **{key: live[key] for key in absent}}
+
+
+def _mark(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Changes when the parameter is written to in place, or given other memory."""
+    return parameter.data_ptr(), parameter._version

@@ -1,0 +1,17 @@
+"""Lightning's own callbacks that change weights, or what is trained, while training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.lightning.namespace import pl
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "unfreezing": lambda: pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+    "average": lambda: pl.callbacks.WeightAveraging(),
+    "moving average": lambda: pl.callbacks.EMAWeightAveraging(decay=0.9),
+    "stochastic average": lambda: pl.callbacks.StochasticWeightAveraging(0.02, swa_epoch_start=2, annealing_epochs=2),
+    "batch size finder": lambda: pl.callbacks.BatchSizeFinder(),
+    "learning rate finder": lambda: pl.callbacks.LearningRateFinder(num_training_steps=20, early_stop_threshold=None),
+}
