@@ -23,6 +23,9 @@ class SpotArguments:
     )
     spot_keep_local: int = field(default=2, metadata={"help": "Checkpoints kept on this instance"})
     spot_keep_remote: int = field(default=2, metadata={"help": "Checkpoints kept on the remote"})
+    spot_keep_every: int | None = field(
+        default=None, metadata={"help": "Steps; the first checkpoint at or after each multiple stays on the remote"}
+    )
     spot_grace_s: float = field(default=25.0, metadata={"help": "Seconds between SIGTERM and the kill"})
     spot_preempt_exit_code: int = field(default=75, metadata={"help": "Exit code of a preempted run"})
 
@@ -37,6 +40,7 @@ class SpotArguments:
                 interval_s=self.spot_interval_s,
                 keep_local=self.spot_keep_local,
                 keep_remote=self.spot_keep_remote,
+                keep_every=self.spot_keep_every,
                 grace_s=self.spot_grace_s,
                 preempt_exit_code=self.spot_preempt_exit_code,
             )

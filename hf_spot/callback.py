@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_spot import resume
 from hf_spot.state import LiveState
 from spot_core.config import SpotConfig
+from spot_core.data import workers
 from spot_core.data.position import DataPosition
+from spot_core.data.workers import WorkerDraws
 from spot_core.errors import ConfigError
 from spot_core.handover import Capture
 from spot_core.session import Session
@@ -33,7 +35,8 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         a path); the last component names the run. May come from SPOT_REMOTE.
     local: folder on this instance's fastest disk. Default: SPOT_LOCAL, a known NVMe mount, `.spot` in output_dir.
     interval_s: seconds of training between checkpoints; adapted to cost and observed preemptions if None.
-    keep_local, keep_remote: checkpoints kept on each tier. grace_s: seconds from SIGTERM to the kill.
+    keep_local, keep_remote: newest checkpoints kept on each tier. keep_every: on the remote, the first one at or
+        after each multiple of so many steps stays for good. grace_s: seconds from SIGTERM to the kill.
     preempt_exit_code: how a preempted run exits. storage_options: for the remote's fsspec file system.
 
     `train(resume_from_checkpoint=False)` starts afresh, an explicit path wins over what is stored.
@@ -48,6 +51,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         interval_s: float | None = None,
         keep_local: int = 2,
         keep_remote: int = 2,
+        keep_every: int | None = None,
         grace_s: float = 25.0,
         preempt_exit_code: int = 75,
         start_timeout_s: float = 60.0,
@@ -60,6 +64,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             "interval_s": interval_s,
             "keep_local": keep_local,
             "keep_remote": keep_remote,
+            "keep_every": keep_every,
             "grace_s": grace_s,
             "preempt_exit_code": preempt_exit_code,
             "start_timeout_s": start_timeout_s,
@@ -84,7 +89,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         """A `train()` call begins. restored: what the Trainer is about to load, if it is one of ours."""
         self._trainer, self._session, self._restored = trainer, session, restored
         self._live, self._consumed = None, 0
-        self._data = DataPosition()
+        self._data, self._draws = DataPosition(), WorkerDraws()
         # Passes over a stream before this one; the Trainer takes a stream for one endless epoch.
         self._passes = restored.own["stream_passes"] - 1 if restored else -1
         self._is_deferred = False
@@ -120,6 +125,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
                 raise resume.AlreadyFinished  # stopped early, on purpose: the Trainer would train on
             return
         self._data.track(kwargs.get("train_dataloader"))
+        self._draws.watch(kwargs.get("train_dataloader"))
         session.begin(notes=self._notes(args))
         self._live = live
 
@@ -205,6 +211,8 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         assert self._live is not None and self._trainer is not None
         native = f"checkpoint-{state.global_step}"
         is_epoch_boundary = float(state.epoch or 0.0).is_integer()
+        if is_epoch_boundary:
+            self._data.epoch_ends()
         data = self._data.state(0 if is_epoch_boundary else self._consumed, rng.capture())
         best = state.best_global_step if self._trainer.args.load_best_model_at_end else None
         return Capture(
@@ -225,4 +233,6 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             notes.append("ignore_data_skip=True restarts the epoch's data")
         if not self._data.is_tracking:
             notes.append("the data is a stream or has its own batch sampler: exact only if its order is fixed")
+        if self._draws.is_seen:
+            notes.append(workers.NOTE)
         return tuple(notes)

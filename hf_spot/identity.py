@@ -10,7 +10,7 @@ import transformers
 from transformers import Trainer
 
 from hf_spot.weights import is_peft
-from spot_core.errors import ConfigError
+from spot_core.handover import refuse
 from spot_core.snapshot import fingerprint
 from spot_core.store.identity import RunIdentity
 
@@ -20,19 +20,15 @@ FRAMEWORK = "transformers"
 def check_supported(trainer: Trainer) -> None:
     """Refuse at start what could not be resumed exactly. Raises ConfigError."""
     args = trainer.args
-    refusals = {
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        f"training in {args.world_size} processes": args.world_size > 1,
-        "auto_find_batch_size=True, which changes the data order,": args.auto_find_batch_size,
-        "enable_jit_checkpoint=True, which saves on SIGTERM too,": args.enable_jit_checkpoint,
-    }
-    for what, is_used in refusals.items():
-        if is_used:
-            raise ConfigError(
-                f"SpotCallback does not work with {what} yet, and refuses to start rather than fail to resume. "
-                "Nothing was written. Change that setting, or train without the callback."
-            )
+    refuse(
+        {
+            "DeepSpeed": trainer.is_deepspeed_enabled,
+            "FSDP": trainer.is_fsdp_enabled,
+            f"training in {args.world_size} processes": args.world_size > 1,
+            "auto_find_batch_size=True, which changes the data order,": args.auto_find_batch_size,
+            "enable_jit_checkpoint=True, which saves on SIGTERM too,": args.enable_jit_checkpoint,
+        }
+    )
 
 
 def run_identity(trainer: Trainer) -> tuple[RunIdentity, str | None]:

@@ -24,7 +24,7 @@ from hf_spot.identity import check_supported, device_of, run_identity, versions
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
 from spot_core.errors import ConfigError
-from spot_core.handover import ResumePoint
+from spot_core.handover import ResumePoint, expected_bytes
 from spot_core.report import loggers
 from spot_core.session import Session
 from spot_core.store import layout
@@ -121,13 +121,12 @@ def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> Sess
     if not is_resumed:
         config = replace(config, resume=False)
     identity, base_fingerprint = run_identity(trainer)
-    # Adam keeps two values beside each trained one; other optimizers keep less.
     trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
     return Session.open(
         config,
         identity,
         device=device_of(trainer),
-        state_bytes=live_weights(trainer.model).bytes + 2 * trained_bytes,
+        state_bytes=expected_bytes(live_weights(trainer.model).bytes, trained_bytes),
         versions=versions(),
         base_fingerprint=base_fingerprint,
     )

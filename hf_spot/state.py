@@ -20,7 +20,15 @@ from transformers.trainer_callback import ExportableState
 from hf_spot.weights import LiveWeights, live_weights, static_files
 from spot_core.data.position import DataState
 from spot_core.errors import CorruptCheckpointError
-from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile, same_bits, torch_bytes
+from spot_core.snapshot.files import (
+    BytesFile,
+    NativeFile,
+    SafetensorsFile,
+    TorchFile,
+    everything,
+    same_bits,
+    torch_bytes,
+)
 from spot_core.snapshot.rng import RngState
 
 SPOT_STATE = "spot_state.pt"
@@ -44,7 +52,8 @@ class LiveState:
             for path, tensors in self._weights.files.items()
         ]
         files.append(TorchFile(path=f"{native}/optimizer.pt", tree=trainer.optimizer.state_dict()))
-        files.append(TorchFile(path=f"{native}/scheduler.pt", tree=trainer.lr_scheduler.state_dict(), is_volatile=True))
+        schedule = trainer.lr_scheduler.state_dict()
+        files.append(TorchFile(path=f"{native}/scheduler.pt", tree=schedule, is_volatile=everything))
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
             files.append(BytesFile(path=f"{native}/scaler.pt", content=_scaler_bytes(scaler)))

@@ -1,7 +1,7 @@
 """Data position of a map-style DataLoader: which batches were taken, and the random state that leads back there.
 
-The sampler inside the loader's batch sampler is wrapped (a plain attribute; the loader itself refuses changes).
-The wrapper draws nothing and keeps length and attributes. It remembers the random state
+The sampler inside the loader's batch sampler is wrapped, or a batch sampler that has none inside. The wrapper draws
+nothing and keeps length and attributes. It remembers the random state
 1. when its iteration begins: there a shuffling sampler draws the epoch's order, lazily, at the first fetch;
 2. before each batch is fetched in this process: there datasets and collators draw, and a loader may be one or more
    batches ahead of what training has consumed.
@@ -12,11 +12,15 @@ a run that was never interrupted. Not thread-safe; used by the training thread a
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.utils.data import IterableDataset
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from spot_core.snapshot import rng
 from spot_core.snapshot.rng import RngState
@@ -24,10 +28,11 @@ from spot_core.snapshot.rng import RngState
 
 @dataclass(frozen=True, slots=True)
 class DataState:
-    """The position at a step boundary. batches: consumed in this epoch.
+    """The position at a step boundary. batches: consumed since the loader's iteration began.
 
-    epoch_start: state when the sampler's iteration began, None at an epoch's boundary. ahead: state before the
-    fetch of each batch that was fetched but not consumed. step: state of all generators at the boundary.
+    epoch_start: state when that iteration began, None if it had yet to. ahead: state before the fetch of each batch
+    that was fetched but not consumed. step: state of all generators at the boundary. In all of them `own` are the
+    generators of the loader and its sampler.
     """
 
     batches: int
@@ -55,9 +60,13 @@ class DataState:
 
 
 class DataPosition:
-    """Tracks one training loader. Adapters tell it where epochs begin and how much was consumed."""
+    """Tracks one training loader. Adapters tell it where epochs begin and how much was consumed.
 
-    def __init__(self) -> None:
+    fetches_ahead: whether the trainer may fetch batches of the next step before a boundary.
+    """
+
+    def __init__(self, *, fetches_ahead: bool = True) -> None:
+        self._fetches_ahead = fetches_ahead
         self._is_tracking = False
         self._fetches_here = False
         self._persists = False
@@ -68,6 +77,9 @@ class DataPosition:
         self._at_epoch_begin: RngState | None = None
         self._resume: DataState | None = None
         self._skips_here = False
+        self._settles = True
+        self._own: list[torch.Generator] = []
+        self._own_at_step: RngState | None = None
 
     @property
     def is_tracking(self) -> bool:
@@ -77,7 +89,7 @@ class DataPosition:
     def track(self, loader: Any) -> None:
         """Wrap the sampler of `loader` (a DataLoader or accelerate's adapter around one)."""
         if isinstance(getattr(loader, "dataset", None), IterableDataset):
-            return  # no indices to skip by: the trainer reads the stream again
+            return  # no indices to skip by: the stream is read again
         batch_sampler = getattr(loader, "batch_sampler", None)
         # accelerate's shard wraps the batch sampler that holds the sampler.
         batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
@@ -85,26 +97,46 @@ class DataPosition:
         size = getattr(batch_sampler, "batch_size", None)
         if batch_sampler is None or sampler is None or not isinstance(size, int):
             return
+        batch_sampler.sampler = self._wrapped(loader, sampler, size)
+
+    def track_batches(self, loader: DataLoader[Any]) -> None:
+        """Wrap what gives a plain `loader` the indices of each batch: for batch samplers without a sampler inside."""
+        # The loader refuses to be given another sampler, lest the old one be in use; no iteration has begun here.
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        object.__setattr__(loader, name, self._wrapped(loader, getattr(loader, name), 1))
+
+    def _wrapped(self, loader: Any, sampler: Any, batch_size: int) -> TrackedSampler:
         self._is_tracking = True
         self._fetches_here = loader.num_workers == 0
         self._persists = loader.num_workers > 0 and bool(getattr(loader, "persistent_workers", False))
         if isinstance(sampler, TrackedSampler):
             sampler = sampler.inner  # a second run over the same loader
-        batch_sampler.sampler = TrackedSampler(sampler, self, size)
+        given = (getattr(sampler, "generator", None), getattr(loader, "generator", None))
+        self._own = [generator for generator in dict.fromkeys(given) if isinstance(generator, torch.Generator)]
+        return TrackedSampler(sampler, self, batch_size)
 
-    def resume(self, state: DataState, *, skips_here: bool) -> None:
-        """Arm the next iteration. skips_here: drop the consumed batches, unless the trainer's own loader does."""
+    def resume(self, state: DataState, *, skips_here: bool, settles: bool = True) -> None:
+        """Arm the next iteration.
+
+        skips_here: drop the consumed batches, unless the trainer's own loader does. settles: set the step's random
+        state before the first batch after them is fetched; otherwise the caller does, once for all its loaders.
+        """
         self._resume = state
-        self._skips_here = skips_here
+        self._skips_here, self._settles = skips_here, settles
+        self._own_at_step = state.step
 
-    def epoch_begins(self, *, is_first: bool) -> None:
-        """Call before the loader's iterator is made. is_first: of the whole run, not of this life."""
+    def epoch_ends(self) -> None:
+        """What was fetched belongs to an epoch that is over: until the next iteration begins there is no position."""
         self._started, self._begun_at_boundary = 0, 0
         self._epoch_start = None
         self._before_fetch.clear()
+
+    def epoch_begins(self, *, is_first: bool) -> None:
+        """Call before the loader's iterator is made. is_first: of the whole run, not of this life."""
+        self.epoch_ends()
         # Persistent workers draw their seed once in a run. A resumed life makes their iterator later than the
         # uninterrupted run did, so from the second epoch on the draw is undone; where none happened, nothing is.
-        self._at_epoch_begin = rng.capture(with_devices=False) if self._persists and not is_first else None
+        self._at_epoch_begin = self._now() if self._persists and not is_first else None
 
     def mark_boundary(self, consumed: int) -> None:
         """A step has ended after `consumed` batches of this epoch: what is fetched from here on belongs to the next."""
@@ -121,9 +153,9 @@ class DataPosition:
         fetched_since = self._before_fetch[len(ahead) :]
         return DataState(
             batches=consumed,
-            epoch_start=self._epoch_start if consumed else None,
+            epoch_start=self._epoch_start,
             ahead=tuple(ahead),
-            step=_with_devices(fetched_since[0], step) if fetched_since else step,
+            step=_with_devices(fetched_since[0], step) if fetched_since else replace(step, own=self._now().own),
         )
 
     def settle(self) -> None:
@@ -132,46 +164,82 @@ class DataPosition:
         Fetching has, unless workers fetch or the epoch's last batch was ahead already.
         """
         if self._resume is not None:
-            rng.restore(self._resume.step)
+            self._set(self._resume.step)
             self._resume = None
 
-    def _iterate(self, inner: Any, batch_size: int) -> Iterator[Any]:
+    def settle_own(self) -> None:
+        """Set the loader's own generators alone, if they are still to be set, for callers that set the others."""
+        if self._own_at_step is not None:
+            for generator, state in zip(self._own, self._own_at_step.own, strict=False):
+                generator.set_state(state)
+            self._own_at_step = None
+
+    def _now(self) -> RngState:
+        return rng.capture(with_devices=False, own=self._own)
+
+    def _set(self, state: RngState) -> None:
+        rng.restore(state, own=self._own)
+
+    @contextlib.contextmanager
+    def _at(self, state: RngState | None) -> Iterator[None]:
+        """Run the body in another random state and come back; in the present one if None."""
+        if state is None:
+            yield
+            return
+        now = self._now()
+        self._set(state)
+        yield
+        self._set(now)
+
+    def iterate(self, inner: Any, batch_size: int) -> Iterator[Any]:
+        """The iteration of a wrapped sampler begins, or one that is thrown away: loaders with workers begin two."""
         if self._at_epoch_begin is not None:
-            rng.restore(self._at_epoch_begin)
+            self._set(self._at_epoch_begin)
             self._at_epoch_begin = None
         resume = self._resume
-        now = rng.capture(with_devices=False)
-        self._epoch_start = now
-        if resume is not None and resume.epoch_start is not None:
-            self._epoch_start = resume.epoch_start
-            rng.restore(resume.epoch_start)
-        indices = enumerate(inner)
-        upcoming = next(indices, None)  # lazy samplers draw the epoch's order here
-        if resume is not None and resume.epoch_start is not None:
-            rng.restore(now)
-        dropped = resume.batches * batch_size if resume is not None and self._skips_here else 0
-        while upcoming is not None:
-            position, index = upcoming
-            if position >= dropped:
-                if position % batch_size == 0:
-                    self._batch_begins(position // batch_size)
-                yield index
-            upcoming = next(indices, None)
+        self.epoch_ends()  # a short loader may begin again in the middle of an epoch
+        target = resume.epoch_start if resume is not None else None
+        with self._at(target):
+            before = self._now()
+            iterator = iter(inner)  # eager samplers draw the order here, others at the first index
+            is_drawn = not rng.is_same(self._now(), before)
+        if is_drawn:
+            self._epoch_start = before
+        return self._indices(iterator, batch_size, resume, is_drawn=is_drawn)
 
-    def _batch_begins(self, number: int) -> None:
+    def _indices(
+        self, iterator: Iterator[Any], batch_size: int, resume: DataState | None, *, is_drawn: bool
+    ) -> Iterator[Any]:
+        if not self._settles:
+            self._resume = None  # the iteration after this one is an ordinary one
+        dropped = resume.batches * batch_size if resume is not None and self._skips_here else 0
+        indices = enumerate(iterator)
+        with self._at(resume.epoch_start if resume is not None else None):
+            if not is_drawn:
+                self._epoch_start = self._now()
+            # The order is drawn at the first index, if it was not before; more of it, perhaps, on the way.
+            collections.deque(itertools.islice(indices, dropped), maxlen=0)
+            first = list(itertools.islice(indices, 0 if dropped else 1))
+        for position, index in itertools.chain(first, indices):
+            if position % batch_size == 0:
+                self._batch_begins(position // batch_size, resume)
+            yield index
+
+    def _batch_begins(self, number: int, resume: DataState | None) -> None:
+        """The fetch of a batch begins. resume: what this iteration was armed with."""
         self._started = number + 1
         if not self._fetches_here:
             return  # workers fetch; this process draws nothing for a batch
-        resume = self._resume
-        if resume is not None and number >= resume.batches:
+        if resume is not None:
             ahead = number - resume.batches
+            if ahead < 0:
+                return  # a batch that the trainer's loader skips
             if ahead < len(resume.ahead):
-                rng.restore(resume.ahead[ahead])
+                self._set(resume.ahead[ahead])
             elif ahead == len(resume.ahead):
                 self.settle()
-        elif resume is not None:
-            return  # a batch that the trainer's loader skips
-        self._before_fetch.append(rng.capture(with_devices=False))
+        if self._fetches_ahead:
+            self._before_fetch.append(self._now())
 
 
 class TrackedSampler:
@@ -183,7 +251,7 @@ class TrackedSampler:
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        return self._position._iterate(self.inner, self._batch_size)
+        return self._position.iterate(self.inner, self._batch_size)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -194,4 +262,4 @@ class TrackedSampler:
 
 def _with_devices(state: RngState, step: RngState) -> RngState:
     """CPU generators of `state`, accelerators of `step`: fetching does not draw from accelerators."""
-    return RngState(state.python, state.numpy, state.torch_cpu, step.devices)
+    return replace(state, devices=step.devices)

@@ -35,11 +35,11 @@ def test_one_yaml_line_turns_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_option_arrives(tmp_path: Path) -> None:
     lines = "spot_remote: s3://b/r\nspot_local: /tmp\nspot_interval_s: 3.5\nspot_keep_local: 4\nspot_keep_remote: 5\n"
-    lines += "spot_grace_s: 6\nspot_preempt_exit_code: 99\n"
+    lines += "spot_grace_s: 6\nspot_preempt_exit_code: 99\nspot_keep_every: 500\n"
     (callback,) = parsed(tmp_path, lines).callbacks()
     config = callback.config(output_dir="out")
     assert (config.local, config.interval_s, config.keep_local, config.keep_remote) == ("/tmp", 3.5, 4, 5)
-    assert (config.grace_s, config.preempt_exit_code) == (6.0, 99)
+    assert (config.grace_s, config.preempt_exit_code, config.keep_every) == (6.0, 99, 500)
 
 
 def test_environment_turns_it_on_and_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from spot_core.errors import ConfigError
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.hf.lives import live, wait_for
+from tests.lives.lives import live, wait_for
+from tests.servers import nothing_listens
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_unknown_scheme_is_refused(spec: JobSpec) -> None:
         ({"interval_s": 0.0}, "interval_s=0.0 is not valid"),
         ({"keep_local": 0}, "keep_local=0 is not valid: it must be a whole number, 1 or more"),
         ({"keep_remote": -1}, "keep_remote=-1 is not valid"),
+        ({"keep_every": 0}, "keep_every=0 is not valid"),
         ({"grace_s": 0}, "grace_s=0 is not valid"),
         ({"preempt_exit_code": 0}, "0 would make a preempted run look finished"),
         ({"preempt_exit_code": 137}, "137 like one killed for memory"),
@@ -129,14 +130,7 @@ def test_every_checkpoint_damaged_is_an_error_and_nothing_is_deleted(spec: JobSp
 
 
 def test_unreachable_remote_is_retried_then_an_error_and_never_a_fresh_start(spec: JobSpec) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    options = {
-        "remote": "s3://bucket/run",
-        "start_timeout_s": 3.0,
-        "storage_options": {"endpoint_url": f"http://127.0.0.1:{port}", "key": "testing", "secret": "testing"},
-    }
+    options = nothing_listens(start_timeout_s=3.0)
     result = live(dataclasses.replace(spec, options=options))
     assert result.exit_code == 1
     assert "could not be reached for 3 s" in result.log

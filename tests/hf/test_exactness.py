@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.hf.job import JobSpec
-from tests.hf.lives import assert_same_training, live_to_the_end, uninterrupted
+from tests.lives.lives import assert_same_training, live_to_the_end, uninterrupted
 
 EVERY_FEW = {"eval_strategy": "steps", "eval_steps": 3}
 PER_EPOCH = {"eval_strategy": "epoch"}
@@ -63,3 +63,10 @@ def test_killed_and_relaunched_ends_bit_equal(cell: str, tmp_path: Path) -> None
     assert "WARNING" not in results[-1].log
     is_exact_promised = "exact only if" not in results[-1].log
     assert ("bit-exact" in results[-1].log and is_exact_promised) == (changes.get("data") != "stream")
+
+
+def test_random_numbers_drawn_in_workers_are_told(tmp_path: Path) -> None:
+    """A resume cannot bring them back, and does not claim that it did."""
+    for data in ("augmented", "map"):
+        results = live_to_the_end(JobSpec(folder=str(tmp_path / data), data=data, arguments=WORKERS), ["step:5"])
+        assert ("not bit-exact: the data draws random numbers in worker" in results[-1].log) == (data == "augmented")

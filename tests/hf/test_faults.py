@@ -17,7 +17,7 @@ import pytest
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.hf.lives import Life, assert_same_training, live, lose_instance, uninterrupted, wait_for
+from tests.lives.lives import Life, assert_same_training, live, lose_instance, uninterrupted, wait_for
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -16,11 +15,12 @@ import torch
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.hf.lives import (
+from tests.lives.lives import (
     Life,
     assert_same_training,
     final,
     live,
+    live_through_random_kills,
     live_to_the_end,
     lose_instance,
     uninterrupted,
@@ -53,23 +53,11 @@ def spec(tmp_path: Path) -> JobSpec:
 
 
 def test_killed_at_random_moments_ends_bit_equal(tmp_path: Path) -> None:
-    """Kills from outside at any instruction, start-up and restore included; every third one loses the instance."""
     spec = JobSpec(
         folder=str(tmp_path / "job"), arguments={"eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 9}
     )
     reference = uninterrupted(spec, tmp_path / "reference")
-    rng = random.Random(20)
-    killed = 0
-    for number in range(15):
-        life = live(spec, kill_after_s=rng.uniform(0.3, 1.6))
-        if life.exit_code == 0:
-            break
-        assert life.exit_code == -signal.SIGKILL, life.log[-3000:]
-        killed += 1
-        if number % 3 == 2 and resume.names(remote_of(spec)):
-            lose_instance(local_of(spec).root)
-    assert killed >= 2
-    assert live(spec).exit_code == 0
+    live_through_random_kills(spec, seed=20, kills=15, longest_s=1.6)
     assert_same_training(spec, reference)
 
 
@@ -226,7 +214,6 @@ def test_a_resumed_life_continues_the_tracker_run(spec: JobSpec) -> None:
 def test_the_summary_speaks_of_this_life_and_not_of_the_sum_of_all(spec: JobSpec) -> None:
     assert live(dataclasses.replace(spec, dies="step:22")).exit_code == -signal.SIGKILL
     assert live(spec).exit_code == 0
-    log = final(spec)["log"]
-    logged = [entry["loss"] for entry in log if "loss" in entry]
-    (summary,) = (entry["train_loss"] for entry in log if "train_loss" in entry)
-    assert min(logged) - 0.05 < summary < max(logged) + 0.05
+    logged = [entry["loss"] for entry in final(spec)["log"] if "loss" in entry]
+    (summary,) = final(spec)["summaries"]
+    assert min(logged) - 0.05 < summary["train_loss"] < max(logged) + 0.05

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hf.job import JobSpec
-from tests.hf.lives import live
+from tests.lives.lives import live
 
 ADAPTER = """
 import importlib.util, sys

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,9 @@ from typing import Any
 import psutil
 import torch
 
-from tests.hf.job import JobSpec
+from spot_core.store import resume
+from spot_core.store.posix import PosixTier
+from tests.lives.job import LifeSpec
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,14 +35,17 @@ class LifeResult:
 
 
 @functools.cache
-def _zygote() -> subprocess.Popen[str]:
+def _zygote(job: str, preloaded: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+    """The process that forks this job's lives: libraries are imported once for each job and environment."""
+    changes = dict(environment)
+    path = [changes.pop("PYTHONPATH", ""), str(_ROOT)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.hf.zygote"],
+        [sys.executable, "-m", "tests.lives.zygote", job, *preloaded],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        env={**os.environ, **changes, "PYTHONPATH": os.pathsep.join(filter(None, path))},
     )
     atexit.register(process.kill)
     return process
@@ -48,11 +54,11 @@ def _zygote() -> subprocess.Popen[str]:
 class Life:
     """A running life. `pid` may be sent signals; `result` waits for its end."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: LifeSpec) -> None:
         Path(spec.folder).mkdir(parents=True, exist_ok=True)
         self._log = Path(spec.folder) / "log.txt"
         self._log.unlink(missing_ok=True)
-        zygote = _zygote()
+        zygote = _zygote(type(spec).__module__, spec.preloaded, tuple(sorted(spec.environment.items())))
         assert zygote.stdin is not None
         assert zygote.stdout is not None
         zygote.stdin.write(json.dumps({"spec": dataclasses.asdict(spec), "log": str(self._log)}) + "\n")
@@ -77,7 +83,7 @@ class Life:
         return LifeResult(int(code), self.log)
 
 
-def live(spec: JobSpec, *, kill_after_s: float | None = None) -> LifeResult:
+def live(spec: LifeSpec, *, kill_after_s: float | None = None) -> LifeResult:
     """One life. kill_after_s: SIGKILL from outside that long after its start, unless it has ended."""
     life = Life(spec)
     if kill_after_s is not None:
@@ -89,7 +95,7 @@ def live(spec: JobSpec, *, kill_after_s: float | None = None) -> LifeResult:
     return life.result()
 
 
-def live_to_the_end(spec: JobSpec, dies: list[str] = ()) -> list[LifeResult]:  # type: ignore[assignment]
+def live_to_the_end(spec: LifeSpec, dies: list[str] = ()) -> list[LifeResult]:  # type: ignore[assignment]
     """One life for each place to die, then one that must finish."""
     results = [live(dataclasses.replace(spec, dies=where)) for where in dies]
     results.append(live(spec))
@@ -97,7 +103,7 @@ def live_to_the_end(spec: JobSpec, dies: list[str] = ()) -> list[LifeResult]:  #
     return results
 
 
-def uninterrupted(spec: JobSpec, folder: Path) -> JobSpec:
+def uninterrupted(spec: LifeSpec, folder: Path) -> LifeSpec:
     """The same training without the callback, in one life."""
     shutil.rmtree(folder, ignore_errors=True)
     reference = dataclasses.replace(spec, folder=str(folder), has_callback=False, dies=None)
@@ -106,12 +112,12 @@ def uninterrupted(spec: JobSpec, folder: Path) -> JobSpec:
     return reference
 
 
-def final(spec: JobSpec) -> dict[str, Any]:
+def final(spec: LifeSpec) -> dict[str, Any]:
     body: dict[str, Any] = torch.load(Path(spec.folder) / "final.pt", weights_only=True)
     return body
 
 
-def seen(spec: JobSpec) -> dict[int, list[list[Any]]]:
+def seen(spec: LifeSpec) -> dict[int, list[list[Any]]]:
     """Step -> what each micro-batch of it held, as last executed; earlier executions must have been the same."""
     executions: dict[tuple[int, int], list[list[Any]]] = {}
     for line in (Path(spec.folder) / "seen.jsonl").read_text().splitlines():
@@ -126,27 +132,36 @@ def seen(spec: JobSpec) -> dict[int, list[list[Any]]]:
     return last
 
 
-def assert_same_training(spec: JobSpec, reference: JobSpec) -> None:
+def assert_same_training(spec: LifeSpec, reference: LifeSpec) -> None:
     """Every tensor, every logged number and every sample of every step equal."""
     ours, theirs = final(spec), final(reference)
     assert ours["tensors"].keys() == theirs["tensors"].keys()
     different = [name for name, tensor in theirs["tensors"].items() if not torch.equal(tensor, ours["tensors"][name])]
     assert not different, f"{len(different)} of {len(theirs['tensors'])} tensors differ: {different[:4]}"
     assert seen(spec) == seen(reference)
-    assert _numbers(ours["log"]) == _numbers(theirs["log"])
+    assert ours["log"] == theirs["log"]
+    assert ours.get("extra") == theirs.get("extra")
+    assert ours["step"] == theirs["step"]
 
 
-# SFTTrainer averages these in private counters, which it does not checkpoint either.
-_UNSAVED = {"entropy", "mean_token_accuracy", "num_tokens"}
+def live_through_random_kills(spec: LifeSpec, *, seed: int, kills: int, longest_s: float) -> None:
+    """Kills from outside at any instruction, start-up and restore included; every third one loses the instance.
 
-
-def _numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The log without wall-clock figures and the summary, which counts one life's steps only."""
-    return [
-        {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k and k not in _UNSAVED}
-        for entry in log
-        if "train_runtime" not in entry
-    ]
+    kills: at most, each at a random moment of `longest_s` seconds. Then the job must finish.
+    """
+    local, remote = Path(spec.folder, "local/job"), PosixTier(f"{spec.folder}/remote/job")
+    rng = random.Random(seed)
+    killed = 0
+    for number in range(kills):
+        life = live(spec, kill_after_s=rng.uniform(0.3, longest_s))
+        if life.exit_code == 0:
+            break
+        assert life.exit_code == -signal.SIGKILL, life.log[-3000:]
+        killed += 1
+        if number % 3 == 2 and resume.names(remote):
+            lose_instance(local)
+    assert killed >= 2
+    assert live(spec).exit_code == 0
 
 
 def lose_instance(run_folder: Path) -> None:

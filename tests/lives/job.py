@@ -1,0 +1,108 @@
+"""What every test job has: the common part of its spec, the places where it can be made to die, its log of batches.
+
+A job is a module with a `JobSpec`, which extends `LifeSpec`, and `run(spec)`, which is what a user's script would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class LifeSpec:
+    """What to train. folder: output, tiers and logs go there. dies: a place such as `step:7`, see `Killer` in a job."""
+
+    folder: str
+    has_callback: bool = True
+    interval_s: float | None = 0.001  # a checkpoint at every boundary where the writer is free
+    dies: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the SpotCallback
+    seed: int = 7
+
+    preloaded: ClassVar[tuple[str, ...]] = ()  # modules that `run` imports late, to be imported once for all lives
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process that runs it needs; PYTHONPATH goes before the repository."""
+        return {}
+
+    @property
+    def spot_options(self) -> dict[str, Any]:
+        """Keyword arguments of the SpotCallback."""
+        return {
+            "remote": f"{self.folder}/remote/job",
+            "local": f"{self.folder}/local",
+            "interval_s": self.interval_s,
+            "keep_remote": 3,
+            **self.options,
+        }
+
+
+class Place:
+    """Where a life ends: `step:7` is kind step, number 7."""
+
+    def __init__(self, where: str | None) -> None:
+        self.kind, _, number = (where or "never:0").partition(":")
+        self.number = int(number)
+
+    def die_if(self, kind: str, is_now: bool) -> None:
+        """By a real SIGKILL."""
+        if is_now and self.kind == kind:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_operation(number: int, record: Path) -> None:
+    """From now on count what the process does to files; at the given one, die before it happens.
+
+    The count at each link, which is where a manifest appears, goes to `record`.
+    """
+    count = 0
+
+    def counted(original: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "link":
+                with open(record, "a") as file:
+                    file.write(f"{count}\n")
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "fsync", "replace", "link", "mkdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name), name))
+
+
+class SeenLog:
+    """Appends what each training forward was fed to `seen.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / "seen.jsonl", "a", buffering=1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeenLog:
+        return self  # copies of a model, such as an average of weights, log to the same file
+
+    def add(self, step: int, ids: Any, checksum: int) -> None:
+        time.sleep(0.02)  # slow enough for commits to land between kills
+        self._file.write(json.dumps([os.getpid(), step, ids, checksum]) + "\n")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """The tensors of its state by name."""
+    return {
+        f"{prefix}.{i}.{key}": value
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
