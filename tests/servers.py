@@ -1,22 +1,30 @@
-"""Object stores to test against: a real server over HTTP, one that loses replies, and one that only says no."""
+"""Object stores to test against: real servers, with and without TLS, and one that only says no."""
 
 from __future__ import annotations
 
-import http.client
 import http.server
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from ipaddress import IPv4Address
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from typing_extensions import Self
 
 _START_TIMEOUT_S = 60.0
@@ -47,9 +55,13 @@ class S3Server:
 
     port: int = field(default_factory=free_port)
 
-    def __enter__(self) -> S3Server:
+    _arguments: ClassVar[tuple[str, ...]] = ()
+    _scheme = "http"
+    _trust: ClassVar[ssl.SSLContext | None] = None
+
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port), *self._arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # Its own thread-per-request server, without moto's default credentials leaking into the tests.
@@ -81,9 +93,102 @@ class S3Server:
         return name
 
     def _request(self, method: str, path: str) -> None:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", method=method)
-        with urllib.request.urlopen(request, timeout=20):
+        request = urllib.request.Request(f"{self._scheme}://127.0.0.1:{self.port}/{path}", method=method)
+        with urllib.request.urlopen(request, timeout=20, context=self._trust):
             pass
+
+
+class TlsS3Server(S3Server):
+    """The same over TLS, with a certificate of its own in `folder`: the way uploads take in production."""
+
+    _scheme = "https"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        certificate, key = _self_signed(folder)
+        self._arguments = ("-s", "-c", str(certificate), "-k", str(key))
+        self._trust = ssl.create_default_context(cafile=str(certificate))
+        self._certificate = certificate
+
+    @property
+    def options(self) -> dict[str, Any]:
+        options = s3_options(self.port)
+        options["endpoint_url"] = f"https://127.0.0.1:{self.port}"
+        options["client_kwargs"]["verify"] = str(self._certificate)
+        return options
+
+
+class GivenS3Server:
+    """A real server that is running already: SPOT_TEST_S3_ENDPOINT, with credentials where s3fs looks for them."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.options: dict[str, Any] = {"endpoint_url": endpoint, "client_kwargs": {"region_name": "us-east-1"}}
+
+    def new_bucket(self) -> str:
+        name = f"spot-test-{uuid.uuid4().hex[:12]}"
+        # mkdir would name the region, which some servers and us-east-1 refuse
+        fsspec.filesystem("s3", **self.options).call_s3("create_bucket", Bucket=name)
+        return name
+
+
+def _self_signed(folder: Path) -> tuple[Path, Path]:
+    """Certificate and key files for 127.0.0.1, good for a day."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "server.pem", folder / "server.key"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+class OverwritingS3Server:
+    """rclone's server over a folder: fast, and without conditional writes: every racing create wins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self._folder = free_port(), folder
+        self.options = s3_options(self.port)
+
+    def __enter__(self) -> Self:
+        command = str(Path(sys.executable).with_name("rclone"))
+        address = f"127.0.0.1:{self.port}"
+        self._process = subprocess.Popen(
+            [command, "serve", "s3", "--addr", address, "--auth-key", "test-key,test-secret", str(self._folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "RCLONE_CONFIG": str(self._folder / "none.conf")},
+        )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return self
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self._process.kill()
+                    raise
+                time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def new_bucket(self) -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        fsspec.filesystem("s3", **self.options).mkdir(name)
+        return name
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -141,32 +246,13 @@ class RefusingServer(_Endpoint):
         super().__init__(Handler)
 
 
-class LossyProxy(_Endpoint):
-    """In front of a server: passes every request on, and hangs up instead of passing on the reply to some.
-
-    loses: set to a function of method and path that chooses them. lost: what it hung up on.
-    """
-
-    def __init__(self, port: int) -> None:
-        self.loses: Callable[[str, str], bool] = lambda method, path: False
-        self.lost: list[str] = []
-        proxy = self
-
-        class Handler(_Handler):
-            def do_any(self) -> None:
-                upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-                headers = {key: value for key, value in self.headers.items() if key.lower() != "expect"}
-                upstream.request(self.command, self.path, self._body(), headers)
-                reply = upstream.getresponse()
-                body = reply.read()
-                upstream.close()
-                if proxy.loses(self.command, self.path):
-                    proxy.lost.append(f"{self.command} {self.path}")
-                    self.close_connection = True
-                    return
-                kept = [header for header in reply.getheaders() if header[0].lower() != "connection"]
-                self._answer(reply.status, kept, body)
-
-            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_any  # noqa: N815
-
-        super().__init__(Handler)
+def nothing_listens(*, start_timeout_s: float) -> dict[str, Any]:
+    """Options of a SpotCallback whose remote cannot be reached."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    return {
+        "remote": "s3://bucket/run",
+        "start_timeout_s": start_timeout_s,
+        "storage_options": {"endpoint_url": f"http://127.0.0.1:{port}", "key": "testing", "secret": "testing"},
+    }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import sys
 from dataclasses import asdict
@@ -33,6 +34,20 @@ class _EventHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _send(self._stream, event="log", level=record.levelno, message=record.getMessage())
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """The agent's log, made again if its folder is removed. A log that cannot be written costs no drain."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Standard error may be the very file that cannot be written."""
 
 
 def _send(stream: TextIO, **event: Any) -> None:
@@ -66,6 +81,10 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
     """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
     local = PosixTier(request["local"])
     remote = open_tier(request["remote"], request["storage_options"])
+    if request.get("peek"):
+        newest = opening.newest_manifest(local, remote)
+        _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
+        return None
     identity = RunIdentity(request["framework"], request["facts"])
     trainer = _trainer(request["trainer_pid"], request["trainer_created"])
 
@@ -107,7 +126,12 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         _send(stream, event="claimed", incarnation=number)
     _detach(Journal(local.root, number), request["log_level"])
     drain = Drain(
-        local, remote, incarnation=number, keep_local=request["keep_local"], keep_remote=request["keep_remote"]
+        local,
+        remote,
+        incarnation=number,
+        keep_local=request["keep_local"],
+        keep_remote=request["keep_remote"],
+        keep_every=request["keep_every"],
     )
     return Agent(
         local,
@@ -142,7 +166,7 @@ def _detach(journal: Journal, level: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor, target in ((0, null), (1, log), (2, log)):
         os.dup2(target, descriptor)
-    handler = logging.FileHandler(journal.log_path)
+    handler = _LogFile(journal.log_path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("spot_core").addHandler(handler)
     logging.getLogger("spot_core").setLevel(level)

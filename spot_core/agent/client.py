@@ -76,9 +76,9 @@ class AgentClient:
         assert process is not None and process.stdin is not None
         process.stdin.write("claim\n")
         process.stdin.flush()
-        self.incarnation = self._await(process, "claimed")["incarnation"]
+        self.incarnation = _await(process, "claimed")["incarnation"]
         assert self.incarnation is not None
-        self._release(process)
+        _release(process)
         return self.incarnation
 
     def restart(self) -> None:
@@ -92,7 +92,7 @@ class AgentClient:
     def dismiss(self) -> None:
         """Let go of an agent that never claimed a life: closing its input ends it."""
         if self._process is not None:
-            self._release(self._process)
+            _release(self._process)
 
     def _start(self, incarnation: int | None) -> dict[str, Any]:
         request = {
@@ -105,55 +105,86 @@ class AgentClient:
             "resume": self._config.resume,
             "keep_local": self._config.keep_local,
             "keep_remote": self._config.keep_remote,
+            "keep_every": self._config.keep_every,
             "start_timeout_s": self._config.start_timeout_s,
             "started": self._started,
             "trainer_pid": os.getpid(),
             "trainer_created": psutil.Process().create_time(),
             "log_level": logging.getLogger("spot_core").getEffectiveLevel(),
         }
-        # Its own session: a signal to the trainer's process group must not end the drain.
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "spot_core.agent"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=_environment(),
-        )
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died at once; waiting for its event tells why
-        event = self._await(process, "opened")
+        self._process = process = _spawn(request)
+        event = _await(process, "opened")
         if event["incarnation"] is not None:
-            self._release(process)
+            _release(process)
         return event
 
-    def _await(self, process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
-        assert process.stdout is not None
-        with byte_bar("restoring", is_in_logs=True) as on_progress:
-            for line in process.stdout:
-                event: dict[str, Any] = json.loads(line)
-                if event["event"] == "progress":
-                    on_progress(event["done"], event["total"])
-                elif event["event"] == "log":
-                    logger.log(event["level"], "%s", event["message"])
-                elif event["event"] == "error":
-                    process.wait()
-                    kind = getattr(errors, event["kind"], AgentError)
-                    raise kind(event["message"]) if issubclass(kind, SpotError) else AgentError(event["message"])
-                elif event["event"] == wanted:
-                    return event
-        raise AgentError(f"the agent process ended with code {process.wait()} before the run was opened")
 
-    @staticmethod
-    def _release(process: subprocess.Popen[str]) -> None:
-        pipes: tuple[IO[str] | None, ...] = (process.stdin, process.stdout)
-        for pipe in pipes:
-            if pipe is not None:
-                pipe.close()
+def stored_loggers(config: SpotConfig) -> dict[str, str]:
+    """Ids of experiment trackers in the newest checkpoint, for trackers that start before the run can be opened.
+
+    Empty if there is none, or if the remote cannot be read: opening the run says so.
+    """
+    if not config.resume:
+        return {}
+    request = {
+        "peek": True,
+        "local": str(Path(str(config.local)) / config.run),
+        "remote": config.remote,
+        "storage_options": dict(config.storage_options),
+    }
+    process = _spawn(request)
+    try:
+        return dict(_await(process, "peeked")["loggers"])
+    except SpotError as error:
+        logger.debug("the stored tracker ids could not be read: %s", error)
+        return {}
+    finally:
+        _release(process)
+        process.wait()
+
+
+def _spawn(request: dict[str, Any]) -> subprocess.Popen[str]:
+    # Its own session: a signal to the trainer's process group must not end the drain.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spot_core.agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=_environment(),
+    )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once; waiting for its event tells why
+    return process
+
+
+def _await(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    with byte_bar("restoring", is_in_logs=True) as on_progress:
+        for line in process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "progress":
+                on_progress(event["done"], event["total"])
+            elif event["event"] == "log":
+                logger.log(event["level"], "%s", event["message"])
+            elif event["event"] == "error":
+                process.wait()
+                kind = getattr(errors, event["kind"], AgentError)
+                raise kind(event["message"]) if issubclass(kind, SpotError) else AgentError(event["message"])
+            elif event["event"] == wanted:
+                return event
+    raise AgentError(f"the agent process ended with code {process.wait()} before the run was opened")
+
+
+def _release(process: subprocess.Popen[str]) -> None:
+    pipes: tuple[IO[str] | None, ...] = (process.stdin, process.stdout)
+    for pipe in pipes:
+        if pipe is not None:
+            pipe.close()
 
 
 def _environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierError
@@ -27,15 +27,28 @@ OnProgress = Callable[[CheckpointName, int, int], None]
 class Drain:
     """The drain of one run from its local to its remote tier, on behalf of one incarnation."""
 
-    def __init__(self, local: PosixTier, remote: Tier, *, incarnation: int, keep_local: int, keep_remote: int) -> None:
+    def __init__(
+        self,
+        local: PosixTier,
+        remote: Tier,
+        *,
+        incarnation: int,
+        keep_local: int,
+        keep_remote: int,
+        keep_every: int | None = None,
+    ) -> None:
         self._local, self._remote = local, remote
         self._incarnation = incarnation
-        self._keep_local, self._keep_remote = keep_local, keep_remote
+        self._keep_local, self._keep_remote, self._keep_every = keep_local, keep_remote, keep_every
         self._durable: set[CheckpointName] = set()
         self._completed: set[CheckpointName] = set()
         self._is_remote_listed = False
         self._refused: set[CheckpointName] = set()
         self._pins: dict[CheckpointName, CheckpointName | None] = {}
+
+    @property
+    def durable(self) -> frozenset[CheckpointName]:
+        return frozenset(self._durable)
 
     @property
     def newest_durable(self) -> CheckpointName | None:
@@ -50,10 +63,9 @@ class Drain:
         """Local commits worth uploading, in order of value. Raises TierError."""
         self._list_remote()
         local = resume.names(self._local)
+        stay = self._pinned(local) | self._lasting(local)
         worthless = set(
-            retention.superseded(
-                {*local, *self._durable}, keep=self._keep_remote, durable=self._durable, pinned=self._pinned(local)
-            )
+            retention.superseded({*local, *self._durable}, keep=self._keep_remote, durable=self._durable, pinned=stay)
         )
         return [name for name in local if name not in self._durable | self._refused | worthless]
 
@@ -141,10 +153,12 @@ class Drain:
 
     def prune(self) -> None:
         """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
-        pinned = self._pinned(resume.names(self._local))
+        local = resume.names(self._local)
+        pinned = self._pinned(local)
+        lasting = pinned | self._lasting(local)
         # A backlog may be longer than keep_local and still be wanted on the remote.
         wanted = pinned.union(self.pending())
-        for tier, keep, stay in ((self._remote, self._keep_remote, pinned), (self._local, self._keep_local, wanted)):
+        for tier, keep, stay in ((self._remote, self._keep_remote, lasting), (self._local, self._keep_local, wanted)):
             doomed = retention.superseded(resume.names(tier), keep=keep, durable=self._durable, pinned=stay)
             retention.delete_checkpoints(tier, doomed)
             if tier is self._remote:
@@ -156,16 +170,26 @@ class Drain:
         kept = {*sorted(local)[-self._keep_local :], *sorted(self._durable)[-self._keep_remote :]}
         kept.update(sorted({*local, *self._durable})[-self._keep_remote :])
         kept.update(name for name in local if newest is None or name > newest)
-        return {pin for pin in map(self._pin, kept) if pin is not None}
+        return self._pins_of(kept)
+
+    def _lasting(self, local: Collection[CheckpointName]) -> set[CheckpointName]:
+        """What stays on the remote for good, with what it refers to. On the local tier it stays until it is durable."""
+        # A damaged local commit will never be durable: it must not take the place of the one after it.
+        milestones = retention.milestones({*local} - self._refused | self._durable, every=self._keep_every)
+        return milestones | self._pins_of(milestones)
+
+    def _pins_of(self, names: Iterable[CheckpointName]) -> set[CheckpointName]:
+        return {pin for pin in map(self._pin, names) if pin is not None}
 
     def _pin(self, name: CheckpointName) -> CheckpointName | None:
-        if name not in self._pins:
-            for tier in (self._local, self._remote):
-                try:
-                    self._pins[name] = resume.read_manifest(tier, name).pins
-                    break
-                except (FileNotFoundError, CorruptCheckpointError):
-                    continue
-            else:
-                return None
-        return self._pins[name]
+        for tier in (self._local, self._remote):
+            if name in self._pins:
+                break
+            try:
+                self._pins[name] = resume.read_manifest(tier, name).pins
+            except FileNotFoundError:
+                continue
+            except CorruptCheckpointError:
+                if tier is self._remote:
+                    self._pins[name] = None  # a milestone stays for good: it is not read again at every look
+        return self._pins.get(name)

@@ -1,6 +1,6 @@
 """What trainer and agent tell each other through the local tier's `journal/` folder.
 
-    000003.progress      trainer -> anyone, memory-mapped: step, useful seconds; survives SIGKILL of the trainer
+    000003.progress      trainer -> anyone: step, useful seconds, failed commits; survives SIGKILL of the trainer
     000003.outcome.json  trainer -> agent: how the trainer ended, if it could say so
     000003.agent.json    agent -> trainer: what is durable, what is being drained, the last failure
 
@@ -9,8 +9,8 @@ Each file has one writer. The JSON files are replaced whole; no fsync, since the
 
 from __future__ import annotations
 
+import contextlib
 import json
-import mmap
 import os
 import struct
 from dataclasses import asdict, dataclass, field
@@ -19,22 +19,43 @@ from typing import Any
 
 from spot_core.store import layout
 
-_PROGRESS = struct.Struct("<qdq")
+_PROGRESS = struct.Struct("<qdqq480s")
+_SHORTEST = struct.calcsize("<qdq")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training is: last completed step, useful seconds over all lives, step this life resumed from."""
+    """Where training is: last completed step, useful seconds over all lives, step this life resumed from.
+
+    failures: checkpoints of this life that could not be committed locally. failure: why, if the last one could not.
+    """
 
     step: int
     useful_s: float
     resumed_step: int
+    failures: int = 0
+    failure: str = ""
+
+    def pack(self) -> bytes:
+        return _PROGRESS.pack(self.step, self.useful_s, self.resumed_step, self.failures, self.failure.encode())
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Progress:
+        """Raises struct.error. Shorter ones, of an earlier release on this boot, counted no failures."""
+        if len(data) < _SHORTEST:
+            raise struct.error(f"{len(data)} bytes are no progress")
+        full = data[: _PROGRESS.size].ljust(_PROGRESS.size, b"\0")
+        step, useful_s, resumed_step, failures, failure = _PROGRESS.unpack(full)
+        return cls(step, useful_s, resumed_step, failures, failure.rstrip(b"\0").decode(errors="ignore"))
 
 
 @dataclass(slots=True)
 class AgentStatus:
     """The agent's side of the journal.
 
+    durable: names committed and verified on the remote, as far as this agent knows.
+
+    failures, last_failure: of drains, and of local commits as the trainer reports them; is_drain_failing tells which.
     drained: checkpoint name -> seconds from local commit to durable on the remote (the last ones of this life).
     newest_durable: newest name committed and verified on the remote. draining: name being uploaded now.
     """
@@ -50,6 +71,8 @@ class AgentStatus:
     last_failure: str | None = None
     fence: str | None = None
     is_finished: bool = False
+    durable: list[str] = field(default_factory=list)
+    is_drain_failing: bool = False
 
 
 class Journal:
@@ -58,27 +81,50 @@ class Journal:
     def __init__(self, root: Path, incarnation: int) -> None:
         self._folder = root / layout.JOURNAL
         self._stem = f"{incarnation:06d}"
-        self._progress: mmap.mmap | None = None
+        self._descriptor: int | None = None
 
     def _file(self, suffix: str) -> Path:
         return self._folder / f"{self._stem}.{suffix}"
 
     def open_progress(self, progress: Progress) -> None:
-        """Trainer: create the progress map."""
+        """Trainer: create the progress file, again if it is gone. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._file("progress"), "w+b") as file:
-            file.truncate(_PROGRESS.size)
-            self._progress = mmap.mmap(file.fileno(), _PROGRESS.size)
+        opened = os.open(self._file("progress"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        if self._descriptor is None:
+            self._descriptor = opened
+        else:
+            # The same number goes on: the training thread may be about to write to it.
+            os.dup2(opened, self._descriptor, inheritable=False)
+            os.close(opened)
         self.write_progress(progress)
 
     def write_progress(self, progress: Progress) -> None:
-        """Trainer: a store to memory; the page cache keeps it when the process is killed."""
-        if self._progress is not None:
-            _PROGRESS.pack_into(self._progress, 0, progress.step, progress.useful_s, progress.resumed_step)
+        """Trainer: one write, over the same bytes; the page cache keeps it when the process is killed.
+
+        Not a memory map: on a disk that is full, gone or read-only a store to one ends the process with SIGBUS.
+        """
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, progress.pack(), 0)
+
+    def has_progress(self) -> bool:
+        """Trainer: whether what it writes is what others read."""
+        try:
+            return self._descriptor is not None and os.path.samestat(
+                os.fstat(self._descriptor), os.stat(self._file("progress"))
+            )
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Trainer: no more progress is written."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def read_progress(self) -> Progress | None:
         try:
-            return Progress(*_PROGRESS.unpack(self._file("progress").read_bytes()[: _PROGRESS.size]))
+            return Progress.unpack(self._file("progress").read_bytes())
         except (OSError, struct.error):
             return None
 

@@ -53,8 +53,13 @@ class AgentMonitor:
         return CheckpointName.parse(self._status.newest_durable or "")
 
     @property
-    def last_failure(self) -> str | None:
-        return self._status.last_failure
+    def durable(self) -> frozenset[CheckpointName]:
+        """Names committed and verified on the remote, as the agent last said: it may know of more by now."""
+        return frozenset(filter(None, map(CheckpointName.parse, self._status.durable)))
+
+    @property
+    def drain_failure(self) -> str | None:
+        return self._status.last_failure if self._status.is_drain_failing else None
 
     @property
     def pending_s(self) -> float | None:
@@ -106,7 +111,7 @@ class AgentMonitor:
         status = self._journal.read_status()
         if status is None:
             return
-        if status.last_failure is not None and self._status.last_failure is None:
+        if status.is_drain_failing and not self._status.is_drain_failing:
             logger.warning("drain failed, training goes on and the drain is retried: %s", status.last_failure)
         self._status = status
         self.uploads.extend(seconds for name, seconds in status.drained.items() if name not in self._counted)

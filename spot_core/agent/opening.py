@@ -22,7 +22,7 @@ from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 from spot_core.store.resume import OnProgress, Restored
-from spot_core.store.tier import Tier
+from spot_core.store.tier import ObjectStore, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,15 @@ def open_run(
             "fresh start would throw away what may be stored there; nothing was deleted. Check the network, the "
             "URL and the credentials, then run the same command again."
         ) from error
+
+
+def newest_manifest(local: PosixTier, remote: Tier) -> Manifest | None:
+    """The newest checkpoint's manifest, wherever it is; its files are not verified. Raises TierError."""
+    found = [(name, tier) for tier in (local, remote) for name in resume.names(tier)]
+    if not found:
+        return None
+    name, tier = max(found, key=lambda each: each[0])
+    return resume.read_manifest(tier, name)
 
 
 def claim(local: PosixTier, remote: Tier, identity: RunIdentity, *, started: float, timeout_s: float) -> int:
@@ -123,13 +132,19 @@ def _open_once(
     # The agent of the life right before may be between its last look at the fence and its manifest: what looks like
     # its orphan is left to the next life.
     retention.sweep_orphans(remote, resume.names(remote), before_incarnation=number - 1)
+    if isinstance(remote, ObjectStore):
+        remote.sweep_uploads(before_incarnation=number)
     lives = [life for life in read_lives(remote) if life.incarnation < number]
     return Opened(number, restored, pin, lives)
 
 
 def _claim_once(local: PosixTier, remote: Tier, identity: RunIdentity, started: float) -> int:
     identities.create_run(local, remote, identity, started)
-    return incarnation.claim(local, remote, started)
+    number = incarnation.claim(local, remote, started)
+    if isinstance(remote, ObjectStore) and remote.overwrites:
+        # A racing first life may have written its run.json over ours.
+        identities.agree(local, remote, identity)
+    return number
 
 
 def _newest_name(local: PosixTier, remote: Tier) -> CheckpointName | None:

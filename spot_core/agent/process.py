@@ -123,6 +123,7 @@ class Agent:
         result = self._drain.step(self._on_progress)
         newest = self._drain.newest_durable
         self._status.newest_durable = str(newest) if newest else None
+        self._status.durable = [str(name) for name in sorted(self._drain.durable)]
         self._status.draining = None
         self._status.pending = len(self._drain.pending()) if result else 0
         if result is not None:
@@ -164,9 +165,19 @@ class Agent:
         if force or now - self._status_written >= _STATUS_EVERY_S:
             self._status_written = now
             try:
-                self._journal.write_status(self._status)
+                self._journal.write_status(self._shown())
             except OSError as error:
                 logger.debug("status not written: %s", error)
+
+    def _shown(self) -> AgentStatus:
+        """The status with what the trainer could not commit locally: `spot status` shows one list of failures."""
+        progress = self._journal.read_progress()
+        return replace(
+            self._status,
+            failures=self._status.failures + (progress.failures if progress else 0),
+            last_failure=self._status.last_failure or (progress.failure if progress else "") or None,
+            is_drain_failing=self._status.last_failure is not None,
+        )
 
     # -- the life's record ---------------------------------------------------------------------------------
 

@@ -107,3 +107,14 @@ def create_run(local: Tier, remote: Tier, identity: RunIdentity, created: float)
     if read_run(local) is None:
         local.create(layout.RUN, remote.read(layout.RUN))
     return str(stored["run_id"])
+
+
+def agree(local: Tier, remote: Tier, now: RunIdentity) -> None:
+    """Take over the remote's run.json, for stores that let racing first lives overwrite it.
+
+    Raises ConfigError if it is a different run's now.
+    """
+    check_identity(read_run(remote), now, remote.url)
+    data = remote.read(layout.RUN)
+    if local.read(layout.RUN) != data:
+        local.replace(layout.RUN, data)

@@ -6,7 +6,8 @@ lives/000003.json                        heartbeat and outcome          rewritte
 checkpoints/000003-000000001200/…        native files                   immutable
 manifests/000003-000000001200.json       the commit record              create-only, written last
 manifests/000003-000000001200.complete.json   training ended there      create-only
-staging/, journal/, damaged/             local tier only
+damaged/000-000003-000000001200/…        what a repair set aside         a resume does so on the local tier
+staging/, journal/                       local tier only
 """
 
 from __future__ import annotations

@@ -157,7 +157,10 @@ class PosixTier:
 
 
 def check_usable(folder: Path, needed_bytes: int) -> None:
-    """Create `folder` and raise ConfigError unless it can be written and has room for `needed_bytes`."""
+    """Create a run's folder; raise ConfigError unless it can be written and has room for `needed_bytes`.
+
+    What the run holds there already counts as room: the next life of a run on a tight disk must start.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".tmp-probe-{os.getpid()}"
@@ -169,11 +172,20 @@ def check_usable(folder: Path, needed_bytes: int) -> None:
             "(SPOT_LOCAL) to a folder on a disk of this instance."
         ) from error
     free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes > free_bytes:
+    if needed_bytes > free_bytes + _held_bytes(folder):
         raise ConfigError(
             f"the local folder {folder} has {free_bytes / 1e6:.0f} MB free, a checkpoint needs about "
             f"{needed_bytes / 1e6:.0f} MB. Set local= (SPOT_LOCAL) to a larger disk of this instance."
         )
+
+
+def _held_bytes(folder: Path) -> int:
+    held = 0
+    for part in (layout.CHECKPOINTS, layout.STAGING):
+        for file in (folder / part).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # the agent of the life before may be pruning
+                held += file.stat().st_size if file.is_file() else 0
+    return held
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from blake3 import blake3
@@ -26,31 +27,32 @@ from spot_core.errors import (
     TierDeniedError,
     TierError,
 )
+from spot_core.store import s3
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import write_all
+from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES
 from spot_core.store.tier import CHUNK_BYTES, OnBytes, unknown_scheme
 
-PART_BYTES = 16 << 20
-PARALLEL_PARTS = 4
+logger = logging.getLogger(__name__)
 
 # Answers to a conditional write whose name exists, or is being written by another.
 _REFUSED_CREATE = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 
-# The user's storage_options win.
-_S3_DEFAULTS: dict[str, Any] = {
-    "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}},
-}
+_T = TypeVar("_T")
 
 
 class FsspecTier:
-    """A run's folder in an fsspec file system. Threads may share it."""
+    """A run's folder in an fsspec file system. Threads may share it.
+
+    overwrites: whether it is known not to refuse a create over what exists; see `refuses_overwrite`.
+    """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         scheme = url.partition("://")[0]
-        self._is_s3 = scheme in {"s3", "s3a"}
-        options = {**(_S3_DEFAULTS if self._is_s3 else {}), **storage_options}
+        self.overwrites = False
+        is_s3 = s3.is_s3(url)
+        options = s3.with_defaults(storage_options) if is_s3 else dict(storage_options)
         try:
             self._fs, self._root = fsspec.url_to_fs(self.url, **options)
         except (ValueError, ImportError) as error:
@@ -63,31 +65,37 @@ class FsspecTier:
                 f"{url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
             )
 
+        self._s3 = s3.S3(self._fs, self._root) if is_s3 else None
+
     def _path(self, relative: str) -> str:
         return f"{self._root}/{relative}"
 
+    def _do(self, what: str, path: str, operation: Callable[[], _T]) -> _T:
+        with _translated(f"{what} {self.url}/{path}"):
+            return self._s3.call(operation) if self._s3 else operation()
+
     def list(self, folder: str) -> list[str]:
-        with _translated(f"list {self.url}/{folder}"):
+        def ls() -> list[str]:
             self._fs.invalidate_cache(self._path(folder))
             try:
-                entries = self._fs.ls(self._path(folder), detail=False)
+                return [str(entry) for entry in self._fs.ls(self._path(folder), detail=False)]
             except FileNotFoundError as error:
-                if _code(error) is None:
+                if s3.code_of(error) is None:
                     return []
                 # An error of the server, such as NoSuchBucket, is no empty listing. Creating the bucket is the
                 # owner's decision, never a side effect.
                 raise TierDeniedError(f"cannot list {self.url}/{folder}: {error}") from error
-            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+
+        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self._do("list", folder, ls))
 
     def read(self, path: str) -> bytes:
-        with _translated(f"read {self.url}/{path}"):
-            return bytes(self._fs.cat_file(self._path(path)))
+        return self._do("read", path, lambda: bytes(self._fs.cat_file(self._path(path))))
 
     def create(self, path: str, data: bytes) -> None:
         refusal: Exception | None = None
         try:
-            with _translated(f"create {self.url}/{path}"):
-                self._fs.pipe_file(self._path(path), data, mode="create")
+            if not (self.overwrites and self._exists(path)):
+                self._do("create", path, lambda: self._fs.pipe_file(self._path(path), data, mode="create"))
         except TierDeniedError:
             raise
         except (FileExistsError, TierError) as error:
@@ -104,51 +112,85 @@ class FsspecTier:
         if found != data:
             raise CommitConflictError(f"{self.url}/{path} exists with other content")
 
+    def _exists(self, path: str) -> bool:
+        try:
+            self.read(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def refuses_overwrite(self, path: str, data: bytes) -> bool:
+        try:
+            self._do("create", path, lambda: self._fs.pipe_file(self._path(path), data, mode="create"))
+        except (FileExistsError, TierDeniedError):
+            return True  # denied: the same write was allowed a moment ago, when there was no file
+        self.overwrites = True
+        return False
+
     def replace(self, path: str, data: bytes) -> None:
-        with _translated(f"write {self.url}/{path}"):
-            self._fs.pipe_file(self._path(path), data)
+        self._do("write", path, lambda: self._fs.pipe_file(self._path(path), data))
 
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        options: dict[str, Any] = {"chunksize": PART_BYTES, "max_concurrency": PARALLEL_PARTS} if self._is_s3 else {}
         with _translated(f"write {self.url}/{path}"):
-            self._fs.put_file(str(source), self._path(path), **options)
-        on_bytes(source.stat().st_size)
+            if self._s3:
+                self._s3.put_file(source, self._path(path), on_bytes)
+            else:
+                self._fs.put_file(str(source), self._path(path))
+                on_bytes(source.stat().st_size)
+
+    def sweep_uploads(self, before_incarnation: int) -> int:
+        if self._s3 is None:
+            return 0
+        try:
+            with _translated(f"sweep unfinished uploads of {self.url}"):
+                return self._s3.sweep_uploads(before_incarnation)
+        except (TierError, FileNotFoundError, FileExistsError) as error:
+            logger.info(
+                "%s. Nothing depends on it, but what earlier lives left unfinished takes space: allow "
+                "s3:ListBucketMultipartUploads, or set a lifecycle rule that aborts incomplete uploads.",
+                error,
+            )
+            return 0
+
+    def _fetch(self, path: str, start: int, end: int) -> bytes:
+        return self._do("read", path, lambda: bytes(self._fs.cat_file(self._path(path), start=start, end=end)))
+
+    def _size(self, path: str) -> int:
+        return self._do("read", path, lambda: int(self._fs.info(self._path(path))["size"]))
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
-        with _translated(f"read {self.url}/{path}"):
-            size = int(self._fs.info(self._path(path))["size"])
-            with open(target, "wb", buffering=0) as file:
-                descriptor = file.fileno()
+        size = self._size(path)
+        with _translated(f"read {self.url}/{path}"), open(target, "wb", buffering=0) as file:
+            descriptor = file.fileno()
 
-                def fetch(start: int) -> None:
-                    data = self._fs.cat_file(self._path(path), start=start, end=min(start + PART_BYTES, size))
-                    _pwrite_all(descriptor, data, start)
-                    on_bytes(len(data))
+            def fetch(start: int) -> None:
+                data = self._fetch(path, start, min(start + PART_BYTES, size))
+                _pwrite_all(descriptor, data, start)
+                on_bytes(len(data))
 
-                if size > PART_BYTES:
-                    with ThreadPoolExecutor(PARALLEL_PARTS) as pool:
-                        list(pool.map(fetch, range(0, size, PART_BYTES)))
-                elif size:
-                    data = self._fs.cat_file(self._path(path))
-                    write_all(descriptor, data)
-                    on_bytes(len(data))
-                os.fsync(descriptor)
+            if size > PART_BYTES:
+                with ThreadPoolExecutor(PARALLEL_PARTS) as pool:
+                    list(pool.map(fetch, range(0, size, PART_BYTES)))
+            elif size:
+                data = self.read(path)
+                write_all(descriptor, data)
+                on_bytes(len(data))
+            os.fsync(descriptor)
 
     def record(self, path: str) -> FileRecord:
-        with _translated(f"read {self.url}/{path}"):
-            size = int(self._fs.info(self._path(path))["size"])
-            digest, read = blake3(), 0
-            for start in range(0, size, CHUNK_BYTES):
-                chunk = self._fs.cat_file(self._path(path), start=start, end=min(start + CHUNK_BYTES, size))
-                digest.update(chunk)
-                read += len(chunk)
-            return FileRecord(path, read, digest.hexdigest())
+        size = self._size(path)
+        digest, read = blake3(), 0
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = self._fetch(path, start, min(start + CHUNK_BYTES, size))
+            digest.update(chunk)
+            read += len(chunk)
+        return FileRecord(path, read, digest.hexdigest())
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
-            with _translated(f"delete {self.url}/{path}"), contextlib.suppress(FileNotFoundError):
-                self._fs.rm(self._path(path), recursive=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._do("delete", path, lambda: self._fs.rm(self._path(path), recursive=True))  # noqa: B023
 
 
 @contextlib.contextmanager
@@ -159,28 +201,17 @@ def _translated(what: str) -> Iterator[None]:
     except (SpotError, FileExistsError):
         raise
     except FileNotFoundError as error:
-        if _code(error) == "NoSuchBucket":
+        if s3.code_of(error) == "NoSuchBucket":
             raise TierDeniedError(f"cannot {what}: {error}") from error
         raise
     except PermissionError as error:
         raise TierDeniedError(f"cannot {what}: permission denied ({error})") from error
     except Exception as error:
-        if _code(error) in _REFUSED_CREATE:
+        if s3.code_of(error) in _REFUSED_CREATE:
             raise FileExistsError(what) from error  # some servers make s3fs report it as EINVAL
         denied = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
         kind = TierDeniedError if denied else TierError
         raise kind(f"cannot {what}: {type(error).__name__}: {error}") from error
-
-
-def _code(error: BaseException) -> str | None:
-    """The error code of the S3 response behind `error`, None if there is none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code"))
-        cause = cause.__cause__
-    return None
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -75,6 +75,11 @@ def damaged_files(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> list[str
 
     on_bytes is called from several threads, once a file. Raises TierError if the tier cannot be read.
     """
+    return list(damages(tier, manifest, on_bytes).values())
+
+
+def damages(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> dict[FileRecord, str]:
+    """As `damaged_files`, with the record of each damaged file."""
     folder = layout.checkpoint(manifest.name)
 
     def check(file: FileRecord) -> str | None:
@@ -89,7 +94,8 @@ def damaged_files(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> list[str
         return None
 
     with ThreadPoolExecutor(4) as pool:
-        return [problem for problem in pool.map(check, manifest.files) if problem is not None]
+        found = zip(manifest.files, pool.map(check, manifest.files), strict=True)
+        return {file: problem for file, problem in found if problem is not None}
 
 
 def newest_valid(local: PosixTier, remote: Tier, on_progress: OnProgress) -> Restored | None:
@@ -110,7 +116,7 @@ def newest_valid(local: PosixTier, remote: Tier, on_progress: OnProgress) -> Res
         raise CorruptCheckpointError(
             f"{len(here | there)} checkpoints exist in {remote.url} and {local.url}, none is valid:\n  "
             + "\n  ".join(reasons)
-            + "\nNothing was deleted. Repair one of them, or start over on purpose with resume=False."
+            + "\nNothing was deleted. Repair one of them (spot repair), or start over on purpose with resume=False."
         )
     return None
 

@@ -31,6 +31,24 @@ def superseded(
     return [name for name in reversed(ordered[keep:]) if name < newest_durable and name not in pinned]
 
 
+def milestones(names: Iterable[CheckpointName], *, every: int | None) -> set[CheckpointName]:
+    """The first of `names` at or after each multiple of `every` steps; none if `every` is None.
+
+    First means of the oldest life that came so far. A later life that trained again from before it adds its own.
+    Deleting any other name, or adding names of later lives, takes none away: what is a milestone stays one.
+    """
+    if every is None:
+        return set()
+    found: set[CheckpointName] = set()
+    first_steps: dict[int, int] = {}
+    for name in sorted(names):
+        multiple = name.step // every
+        if multiple > 0 and name.step <= first_steps.get(multiple, name.step):
+            first_steps[multiple] = name.step
+            found.add(name)
+    return found
+
+
 def delete_checkpoints(tier: Tier, doomed: Iterable[CheckpointName]) -> None:
     """Delete manifest first, then files: a crash in between leaves an orphan, never a checkpoint that lies."""
     for name in doomed:

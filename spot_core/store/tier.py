@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from blake3 import blake3
 
@@ -51,6 +51,23 @@ class Tier(Protocol):
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files, folders with what they hold; those already gone are not an error."""
+
+
+@runtime_checkable
+class ObjectStore(Protocol):
+    """What a tier in an object store does besides."""
+
+    overwrites: bool
+
+    def refuses_overwrite(self, path: str, data: bytes) -> bool:
+        """Whether a create-only write is refused where there is a file already.
+
+        path, data: of a file that the caller has just created. It is written again as it is, so that finding out
+        leaves nothing behind and needs no further permission. False sets `overwrites`: `create` looks first then.
+        """
+
+    def sweep_uploads(self, before_incarnation: int) -> int:
+        """Abort what earlier lives of this run were uploading when they died; returns how many. Raises nothing."""
 
 
 def open_tier(url: str, storage_options: Mapping[str, Any] | None = None) -> Tier:

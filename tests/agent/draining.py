@@ -11,8 +11,10 @@ from spot_core.store.tier import Tier
 ONE, TWO, THREE, FOUR = (CheckpointName(1, step) for step in (10, 20, 30, 40))
 
 
-def make_drain(local: PosixTier, remote: Tier, *, keep_local: int = 2, keep_remote: int = 2) -> Drain:
-    return Drain(local, remote, incarnation=1, keep_local=keep_local, keep_remote=keep_remote)
+def make_drain(
+    local: PosixTier, remote: Tier, *, keep_local: int = 2, keep_remote: int = 2, keep_every: int | None = None
+) -> Drain:
+    return Drain(local, remote, incarnation=1, keep_local=keep_local, keep_remote=keep_remote, keep_every=keep_every)
 
 
 def drain_all(drain: Drain, *, patience: int = 0) -> list[CheckpointName]:

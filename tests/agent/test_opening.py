@@ -15,14 +15,17 @@ import stamina
 from spot_core.agent import opening
 from spot_core.agent.opening import Opened
 from spot_core.errors import CommitUnknownError, ConfigError, TierDeniedError, TierError
+from spot_core.store import identity as identities
 from spot_core.store import incarnation, layout, resume
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
+from spot_core.store.remote import FsspecTier
 from spot_core.store.tier import Tier
 from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.faults import Fault, FaultPlan, FaultyPosixTier, FaultyTier, SimulatedCrash
 from spot_core.testing.invariants import assert_run_invariants
+from tests.servers import OverwritingS3Server
 
 IDENTITY = RunIdentity("testing", {"batch": 4})
 ONE, TWO = CheckpointName(1, 10), CheckpointName(1, 20)
@@ -162,6 +165,35 @@ def test_a_remote_that_stays_down_is_an_error_that_says_what_is_safe(local: Posi
     assert not isinstance(caught.value, TierDeniedError)
     assert len(plan.operations) == 4
     assert local.list("") == []
+
+
+def test_a_store_that_overwrites_opens_with_one_warning(
+    local: PosixTier,
+    overwriting_server: OverwritingS3Server,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(incarnation, "SETTLE_S", 0.05)
+    remote = FsspecTier(f"s3://{overwriting_server.new_bucket()}/run", overwriting_server.options)
+    assert [open_run(local, remote).incarnation for _ in range(2)] == [1, 2]
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 2
+    assert "secret" not in caplog.text
+
+
+def test_a_run_that_was_overwritten_by_a_racing_first_life_is_taken_over_or_refused(
+    local: PosixTier, remote: PosixTier, memory_path: Path
+) -> None:
+    identities.create_run(local, remote, IDENTITY, 1.0)
+    for number, identity in enumerate((IDENTITY, RunIdentity("testing", {"batch": 8}))):
+        other = PosixTier(memory_path / f"other-{number}")
+        identities.create_run(other, PosixTier(memory_path / f"fresh-{number}"), identity, 2.0)
+        remote.replace(layout.RUN, other.read(layout.RUN))
+        if identity == IDENTITY:
+            identities.agree(local, remote, IDENTITY)
+            assert read_run(local) == read_run(remote) == read_run(other)
+        else:
+            with pytest.raises(ConfigError, match="batch: 8 there, 4 now"):
+                identities.agree(local, remote, IDENTITY)
 
 
 # -- at every operation ----------------------------------------------------------------------------------------

@@ -40,6 +40,20 @@ def test_a_killed_trainers_last_commit_is_drained_and_its_death_recorded(place: 
     assert place.status().is_finished and str(name) in place.status().drained
 
 
+def test_milestones_stay_on_the_remote_of_a_life_and_of_the_next_one(place: Place) -> None:
+    options = {"keep_local": 1, "keep_remote": 1, "keep_every": 100}
+    for steps in ((95, 105, 130), (199, 204, 299)):
+        trainer = place.opened(**options)
+        for step in steps:
+            name = CheckpointName.parse(trainer.do("commit", step))
+            eventually(lambda name=name: resume.names(place.remote)[:1] == [name], f"{name} is durable")  # type: ignore[misc]
+        trainer.do("outcome", lives.PREEMPTED)
+        wait_for_end(trainer)
+    assert [name.step for name in resume.names(place.remote)] == [299, 204, 105]
+    assert [name.step for name in resume.names(place.local)] == [299]
+    assert_run_invariants(place.local, place.remote)
+
+
 def test_a_completed_life_says_so_and_its_end_is_drained(place: Place) -> None:
     trainer = place.opened()
     trainer.do("commit", 10)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -85,6 +86,7 @@ class Trainer:
 
 
 def main() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a terminal that was closed on the tests leaves it ignored
     trainer = Trainer()
     for line in sys.stdin:
         verb, *arguments = json.loads(line)

@@ -25,7 +25,8 @@ from spot_core.store.remote import FsspecTier
 from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.faults import Fault, FaultPlan, FaultyTier
 from spot_core.testing.invariants import assert_run_invariants
-from tests.servers import S3Server
+from tests.faultproxy import FaultProxy
+from tests.servers import GivenS3Server, OverwritingS3Server, S3Server, TlsS3Server
 from tests.store.claimer import claim_many
 
 CLAIMERS = 8
@@ -64,18 +65,80 @@ def test_racing_processes_get_numbers_of_their_own(tmp_path: Path) -> None:
     assert incarnation.newest(PosixTier(tmp_path / "remote")) == max(numbers)
 
 
-def test_racing_instances_get_numbers_of_their_own_on_s3(s3_server: S3Server, tmp_path: Path) -> None:
-    url = f"s3://{s3_server.new_bucket()}/run"
-    start = threading.Barrier(CLAIMERS)
+def test_racing_instances_get_numbers_of_their_own_on_s3(s3_store: TlsS3Server | GivenS3Server, tmp_path: Path) -> None:
+    count, url = 16, f"s3://{s3_store.new_bucket()}/run"
+    context = multiprocessing.get_context("spawn")
+    start, claimed = context.Barrier(count), context.Queue()
+    processes = [
+        context.Process(
+            target=claim_many, args=((f"{tmp_path}/instance-{number}", url), 1, start, claimed, s3_store.options)
+        )
+        for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    assert sorted(claimed.get(timeout=60) for _ in processes) == list(range(1, count + 1))
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    tier = FsspecTier(url, s3_store.options)
+    tokens = [json.loads(tier.read(layout.incarnation(number)))["token"] for number in range(1, count + 1)]
+    assert len(set(tokens)) == count
+
+
+def test_a_store_that_overwrites_is_told_once_and_racing_claims_still_differ(
+    overwriting_server: OverwritingS3Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = f"s3://{overwriting_server.new_bucket()}/run"
+    monkeypatch.setattr(incarnation, "SETTLE_S", 1.0)
+    start = threading.Barrier(4)
 
     def claim(number: int) -> int:
-        remote = FsspecTier(url, {**s3_server.options, "skip_instance_cache": True})
+        remote = FsspecTier(url, {**overwriting_server.options, "skip_instance_cache": True})
+        remote.list("")
         start.wait(timeout=60)
         return incarnation.claim(PosixTier(tmp_path / f"instance-{number}"), remote, 0.0)
 
-    with ThreadPoolExecutor(CLAIMERS) as pool:
-        numbers = list(pool.map(claim, range(CLAIMERS)))
-    assert sorted(numbers) == list(range(1, CLAIMERS + 1))
+    with ThreadPoolExecutor(4) as pool:
+        numbers = list(pool.map(claim, range(4)))
+    assert len(set(numbers)) == 4, "however slow the machine: a claim that was slower than the others' wait is given up"
+    told = [record for record in caplog.records if "does not refuse to overwrite" in record.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"] * 4, "one for each life"
+    assert url in told[0].getMessage()
+
+
+def test_a_store_that_ignores_the_condition_is_found_out_by_the_claim_alone(
+    s3_server: S3Server, local: PosixTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No file is written for finding out, and a store that refuses is not waited for and not warned about."""
+    waited: list[float] = []
+    with FaultProxy(s3_server.port) as proxy:
+        remote = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+        assert incarnation.claim(local, remote, 0.0, wait=waited.append) == 1
+        assert not waited and not caplog.records
+        proxy.strips = {"if-none-match"}
+        assert incarnation.claim(local, remote, 0.0, wait=waited.append) == 2
+        assert waited == [incarnation.SETTLE_S] and len(caplog.records) == 1
+        assert {request.path for request in proxy.seen if request.method == "PUT"} == {
+            f"/{remote.url.removeprefix('s3://')}/{layout.incarnation(number)}" for number in (1, 2)
+        }
+
+
+def test_a_claim_that_another_was_written_over_is_given_up(s3_server: S3Server, local: PosixTier) -> None:
+    with FaultProxy(s3_server.port) as proxy:
+        proxy.strips = {"if-none-match"}
+        remote = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+
+        def another_claims(_: float) -> None:
+            if incarnation.newest(remote) == 1:
+                remote.replace(layout.incarnation(1), b"another's")
+
+        assert incarnation.claim(local, remote, 0.0, wait=another_claims) == 2
+        assert remote.read(layout.incarnation(1)) == b"another's"
+        assert local.list(layout.INCARNATIONS) == ["000002.json"]
 
 
 def test_a_claim_whose_reply_was_lost_costs_a_number_and_nothing_else(local: PosixTier, remote: PosixTier) -> None:

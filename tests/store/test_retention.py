@@ -63,6 +63,40 @@ def test_the_newest_the_durable_and_the_pinned_always_stay(
     assert all(newest is not None and name < newest for name in doomed)
 
 
+def test_the_first_at_or_after_each_multiple_is_a_milestone() -> None:
+    names = [CheckpointName(1, step) for step in (5, 99, 100, 101, 350, 399, 400, 450)]
+    assert sorted(name.step for name in retention.milestones(names, every=100)) == [100, 350, 400]
+    assert {name.step for name in retention.milestones(names, every=1)} == {name.step for name in names}
+    assert retention.milestones(names, every=1000) == set()
+    assert retention.milestones(names, every=None) == set()
+
+
+def test_a_life_that_goes_on_beyond_a_milestone_adds_none() -> None:
+    names = [CheckpointName(1, 105), CheckpointName(2, 140), CheckpointName(3, 205)]
+    assert retention.milestones(names, every=100) == {CheckpointName(1, 105), CheckpointName(3, 205)}
+
+
+def test_a_life_that_trained_again_from_before_a_milestone_adds_its_own() -> None:
+    names = [CheckpointName(1, 105), CheckpointName(2, 102), CheckpointName(2, 104), CheckpointName(3, 102)]
+    again = {CheckpointName(1, 105), CheckpointName(2, 102), CheckpointName(3, 102)}
+    assert retention.milestones(names, every=100) == again
+
+
+@given(names=st.sets(NAMES), later=st.sets(NAMES), every=st.integers(1, 4), data=st.data())
+def test_a_milestone_stays_one_whatever_is_deleted_or_comes_in_later_lives(
+    names: set[CheckpointName], later: set[CheckpointName], every: int, data: st.DataObject
+) -> None:
+    found = retention.milestones(names, every=every)
+    assert found <= names
+    assert {name.step // every for name in found} == {name.step // every for name in names} - {0}
+    others = sorted(names - found)
+    left = names - data.draw(st.sets(st.sampled_from(others)) if others else st.just(set()))
+    assert retention.milestones(left, every=every) == found
+    newest = max((name.incarnation for name in names), default=0)
+    added = {CheckpointName(newest + name.incarnation, name.step) for name in later}
+    assert found <= retention.milestones(names | added, every=every)
+
+
 def test_the_manifest_goes_before_the_files(tier: PosixTier) -> None:
     for name in ALL:
         commit_checkpoint(tier, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,16 @@ from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.store.tier import Tier, open_tier
 from spot_core.testing.tier_contract import TierContract
-from tests.servers import LossyProxy, RefusingServer, S3Server, free_port, s3_options
+from tests.faultproxy import LOST_REPLY, FaultProxy
+from tests.servers import (
+    GivenS3Server,
+    OverwritingS3Server,
+    RefusingServer,
+    S3Server,
+    TlsS3Server,
+    free_port,
+    s3_options,
+)
 
 
 class TestPosixTier(TierContract):
@@ -43,12 +53,12 @@ class TestS3Tier(TierContract):
     rounds = 4
 
     @pytest.fixture
-    def tier(self, s3_server: S3Server) -> Tier:
-        return FsspecTier(f"s3://{s3_server.new_bucket()}/team/run", s3_server.options)
+    def tier(self, s3_store: TlsS3Server | GivenS3Server) -> Tier:
+        return FsspecTier(f"s3://{s3_store.new_bucket()}/team/run", s3_store.options)
 
     @pytest.fixture
-    def other(self, tier: Tier, s3_server: S3Server) -> Tier:
-        return FsspecTier(tier.url, {**s3_server.options, "skip_instance_cache": True})
+    def other(self, tier: Tier, s3_store: TlsS3Server | GivenS3Server) -> Tier:
+        return FsspecTier(tier.url, {**s3_store.options, "skip_instance_cache": True})
 
     def test_multipart_uploads_leave_nothing_behind(self, tier: Tier, tmp_path: Path) -> None:
         source = tmp_path / "source"
@@ -57,6 +67,28 @@ class TestS3Tier(TierContract):
         assert isinstance(tier, FsspecTier)
         bucket = tier.url.removeprefix("s3://").partition("/")[0]
         assert not tier._fs.list_multipart_uploads(bucket)
+
+
+class TestOverwritingS3Tier(TierContract):
+    has_atomic_create = False
+    why_not = "the server has no conditional writes: claims are checked by reading back instead"
+    rounds = 4
+
+    @pytest.fixture
+    def tier(self, overwriting_server: OverwritingS3Server) -> Tier:
+        return self._opened(f"s3://{overwriting_server.new_bucket()}/team/run", overwriting_server.options)
+
+    @pytest.fixture
+    def other(self, tier: Tier, overwriting_server: OverwritingS3Server) -> Tier:
+        return self._opened(tier.url, {**overwriting_server.options, "skip_instance_cache": True})
+
+    @staticmethod
+    def _opened(url: str, options: dict[str, Any]) -> Tier:
+        tier = FsspecTier(url, options)
+        tier.create("probe", b"")
+        assert not tier.refuses_overwrite("probe", b"")
+        tier.delete(["probe"])
+        return tier
 
 
 # -- PosixTier -----------------------------------------------------------------------------------------------
@@ -164,37 +196,40 @@ def test_a_refusal_is_denied_and_not_empty(code: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def proxy(s3_server: S3Server) -> Iterator[LossyProxy]:
-    with LossyProxy(s3_server.port) as proxy:
+def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.port) as proxy:
         yield proxy
 
 
-def test_a_create_whose_reply_was_lost_is_read_back_and_succeeds(s3_server: S3Server, proxy: LossyProxy) -> None:
+def _lose_the_first_put(proxy: FaultProxy) -> None:
+    proxy.chooses = lambda request: LOST_REPLY if request.method == "PUT" and not proxy.fired else None
+
+
+def test_a_create_whose_reply_was_lost_is_read_back_and_succeeds(s3_server: S3Server, proxy: FaultProxy) -> None:
     """The client's own retry then meets the conflict with its first attempt."""
     tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
-    proxy.loses = lambda method, path: method == "PUT" and not proxy.lost
+    _lose_the_first_put(proxy)
     tier.create("manifests/one.json", b"content")
-    assert len(proxy.lost) == 1
+    assert len(proxy.fired) == 1
     assert tier.read("manifests/one.json") == b"content"
 
 
-def test_a_lost_reply_does_not_hide_that_another_writer_was_first(s3_server: S3Server, proxy: LossyProxy) -> None:
+def test_a_lost_reply_does_not_hide_that_another_writer_was_first(s3_server: S3Server, proxy: FaultProxy) -> None:
     tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
     FsspecTier(tier.url, s3_server.options).create("manifests/one.json", b"another's")
-    proxy.loses = lambda method, path: method == "PUT" and not proxy.lost
+    _lose_the_first_put(proxy)
     with pytest.raises(CommitConflictError):
         tier.create("manifests/one.json", b"content")
-    assert len(proxy.lost) == 1
+    assert len(proxy.fired) == 1
     assert tier.read("manifests/one.json") == b"another's"
 
 
-def test_a_create_is_unknown_while_it_cannot_be_read_back(s3_server: S3Server, proxy: LossyProxy) -> None:
+def test_a_create_is_unknown_while_it_cannot_be_read_back(s3_server: S3Server, proxy: FaultProxy) -> None:
     tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
-    tier._fs.retries = 1
-    proxy.loses = lambda method, path: True
+    proxy.chooses = lambda request: LOST_REPLY
     with pytest.raises(CommitUnknownError, match=r"one\.json"):
         tier.create("manifests/one.json", b"content")
-    proxy.loses = lambda method, path: False
+    proxy.chooses = lambda request: None
     tier.create("manifests/one.json", b"content")
     assert tier.read("manifests/one.json") == b"content"
 

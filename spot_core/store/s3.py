@@ -1,0 +1,208 @@
+"""S3 through s3fs: measured settings, which errors pass by themselves, credentials that expire, unfinished uploads.
+
+s3fs retries by itself what `is_passing` names. Until the store has answered once only botocore does, three times: the
+address may be wrong, and whoever opens the run counts the time. After that half a minute is ridden out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.callbacks import Callback
+
+from spot_core.store import layout
+from spot_core.store.layout import CheckpointName
+from spot_core.store.tier import OnBytes
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 16 << 20
+PARALLEL_PARTS = 4
+MAX_PARTS = 10_000
+CHECKSUM = "CRC64NVME"
+
+# Attempts of s3fs, which waits 0.1 s, then 1.7 times longer each time.
+RETRIES_AT_FIRST = 1
+RETRIES = 10
+
+_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+_PASSING = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "InternalError", "ServiceUnavailable"}
+# A HEAD has no body: s3fs then gives its status for a code.
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "400"}
+_UNKNOWN_CHECKSUM = {"InvalidArgument", "InvalidRequest", "NotImplemented"}
+
+_T = TypeVar("_T")
+
+
+def is_s3(url: str) -> bool:
+    return url.partition("://")[0] in {"s3", "s3a"}
+
+
+def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options, which win, over the measured ones."""
+    config = {
+        "connect_timeout": 5,
+        "read_timeout": 60,
+        "retries": {"mode": "standard", "max_attempts": 3},
+        # Every byte is verified against the manifest; some servers send the whole object's checksum with a range of it.
+        "response_checksum_validation": "when_required",
+    }
+    more = {"ChecksumAlgorithm": CHECKSUM} if _can_checksum(storage_options) else {}
+    more.update(storage_options.get("s3_additional_kwargs") or {})
+    return {
+        "use_listings_cache": False,
+        **storage_options,
+        "config_kwargs": {**config, **(storage_options.get("config_kwargs") or {})},
+        "s3_additional_kwargs": {name: value for name, value in more.items() if value is not None},
+    }
+
+
+def _can_checksum(options: Mapping[str, Any]) -> bool:
+    """Over http the signature covers the payload already; without awscrt this checksum cannot be computed."""
+    client = options.get("client_kwargs") or {}
+    endpoint = options.get("endpoint_url") or client.get("endpoint_url")
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://"
+    is_tls = str(endpoint).startswith("https://") and options.get("use_ssl", True) and client.get("use_ssl", True)
+    return bool(is_tls) and importlib.util.find_spec("awscrt") is not None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether `error` is one that s3fs does not know to pass by itself: the server or the way to it is in trouble."""
+    import aiohttp
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.exceptions import HTTPClientError
+
+    if isinstance(error, (ConnectionError, NoConnection, HTTPClientError, aiohttp.ClientError)):
+        return True
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return False
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status in _PASSING_STATUS or response.get("Error", {}).get("Code") in _PASSING
+
+
+def code_of(error: BaseException) -> str | None:
+    """The error code of the S3 response behind `error`, None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+        cause = cause.__cause__
+    return None
+
+
+class S3:
+    """A folder of a bucket. fs: an S3FileSystem. Threads may share it."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        from s3fs.core import set_custom_error_handler
+
+        set_custom_error_handler(is_passing)
+        self._fs = fs
+        self._bucket, _, self._prefix = root.partition("/")
+        self._renewing = threading.Lock()
+        self._renewals = 0
+        fs.retries = RETRIES_AT_FIRST
+
+    def call(self, operation: Callable[[], _T]) -> _T:
+        """Run `operation`; once more with new credentials if they expired, or plainly if the checksum is unknown."""
+        renewals, more = self._renewals, self._fs.s3_additional_kwargs
+        has_checksum = more.get("ChecksumAlgorithm") == CHECKSUM
+        try:
+            result = operation()
+        except Exception as error:
+            code = code_of(error)
+            if code in _EXPIRED:
+                result = self._renewed(renewals, operation)
+            elif code in _UNKNOWN_CHECKSUM and has_checksum:
+                logger.info("uploads go on without %s, which the store refuses (%s)", CHECKSUM, code)
+                more.pop("ChecksumAlgorithm", None)
+                result = operation()
+            else:
+                raise
+        if self._fs.retries == RETRIES_AT_FIRST:
+            self._fs.retries = RETRIES
+        return result
+
+    def _renewed(self, seen: int, operation: Callable[[], _T]) -> _T:
+        # Uploads run in parallel and all expire together: one of them renews for all.
+        with self._renewing:
+            if self._renewals == seen:
+                self._fs.connect(refresh=True)
+                self._renewals += 1
+        try:
+            return operation()
+        except Exception as error:
+            if code_of(error) in _EXPIRED:
+                raise PermissionError(f"the credentials have expired, also when looked up again: {error}") from error
+            raise
+
+    def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> None:
+        """Upload in parallel parts. A failed upload is aborted by s3fs, by its own id."""
+        size = source.stat().st_size
+        progress = _Progress(on_bytes)
+        part = max(PART_BYTES, -(-size // MAX_PARTS))
+
+        def put() -> None:
+            progress.restart()
+            try:
+                self._fs.put_file(str(source), path, callback=progress, chunksize=part, max_concurrency=PARALLEL_PARTS)
+            except FileNotFoundError as error:
+                # The reply to the completing request was lost, and its repetition found the upload gone.
+                if code_of(error) != "NoSuchUpload" or int(self._fs.info(path)["size"]) != size:
+                    raise
+
+        self.call(put)
+        on_bytes(size - progress.done)
+
+    def sweep_uploads(self, before_incarnation: int) -> int:
+        """Abort the unfinished uploads of this run's earlier lives; returns how many.
+
+        An agent of an earlier life that still uploads is fenced: it could not commit what it completes.
+        """
+        count = 0
+        for upload in self._uploads(f"{self._prefix}/{layout.CHECKPOINTS}/".lstrip("/")):
+            folder = upload["Key"].removeprefix(f"{self._prefix}/".lstrip("/")).split("/")
+            name = CheckpointName.parse(folder[1]) if folder[0] == layout.CHECKPOINTS else None
+            if name is not None and name.incarnation < before_incarnation:
+                which = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self.call(lambda: self._fs.call_s3("abort_multipart_upload", **which))  # noqa: B023
+                count += 1
+        return count
+
+    def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
+        marks: dict[str, str] = {}
+        while True:
+            page = self.call(
+                lambda: self._fs.call_s3("list_multipart_uploads", Bucket=self._bucket, Prefix=prefix, **marks)  # noqa: B023
+            )
+            # Some servers ignore the prefix, and nothing outside this run's folder may be touched.
+            yield from (upload for upload in page.get("Uploads", []) if upload["Key"].startswith(prefix))
+            if not page.get("IsTruncated"):
+                return
+            marks = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+
+class _Progress(Callback):  # type: ignore[misc]
+    """Passes on how many bytes each part was."""
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        super().__init__()
+        self._on_bytes = on_bytes
+        self.done = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.done += inc
+        self._on_bytes(inc)
+
+    def restart(self) -> None:
+        if self.done:
+            self._on_bytes(-self.done)
+            self.done = 0

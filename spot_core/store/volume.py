@@ -1,0 +1,150 @@
+"""The volume that the local tier lies on: how much still fits, what may go to make room, what is told at start.
+
+Room is made by deleting local copies only, oldest first, each of them committed and verified on the remote, older than
+a newer one that is so too, not the newest here and not referred to. What does not fit then is not begun.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from spot_core.errors import CorruptCheckpointError, TierError
+from spot_core.store import resume, retention
+from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
+
+logger = logging.getLogger(__name__)
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse.ceph",
+        "fuse.gcsfuse",
+        "fuse.glusterfs",
+        "fuse.juicefs",
+        "fuse.rclone",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "gpfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "virtiofs",
+        "wekafs",
+    }
+)
+# A container format's headers, the manifest, folder blocks, the journal and the life's record.
+_MARGIN_SHARE = 0.02
+_MARGIN_BYTES = 16 << 10
+
+
+def make_room(
+    tier: PosixTier,
+    expected_bytes: int,
+    *,
+    durable: Collection[CheckpointName],
+    pinned: Collection[CheckpointName] = (),
+) -> list[CheckpointName]:
+    """See to it that a checkpoint of about `expected_bytes` fits; returns what was deleted for it.
+
+    durable: names committed and verified on the remote. pinned: names that stay, beside those that local ones refer to.
+    Raises TierError (ENOSPC) if it does not fit: then it must not be begun.
+    """
+    needed_bytes = expected_bytes + int(_MARGIN_SHARE * expected_bytes) + _MARGIN_BYTES
+    deleted: list[CheckpointName] = []
+    while (free_bytes := _free_bytes(tier.root)) is not None and free_bytes < needed_bytes:
+        name = next(_expendable(tier, durable, pinned), None)
+        if name is None:
+            raise TierError(
+                errno.ENOSPC,
+                f"no room in {tier.url}: {_mb(needed_bytes)} needed, {_mb(free_bytes)} free and nothing more there "
+                "that is durable on the remote and superseded",
+            )
+        retention.delete_checkpoints(tier, [name])
+        deleted.append(name)
+    if deleted:
+        logger.info("room made in %s: %s deleted there, durable on the remote", tier.url, ", ".join(map(str, deleted)))
+    return deleted
+
+
+def describe_place(local: Path, remote_url: str) -> Iterator[tuple[int, str]]:
+    """What a user should know at start about where the tiers are: log level and sentence."""
+    kind = file_system(local)
+    if kind in NETWORK_FILE_SYSTEMS:
+        yield (
+            logging.WARNING,
+            f"the local folder {local} is on a network file system ({kind}): what fsync and rename promise, and how "
+            "fast they are, is up to its server. Set local= (SPOT_LOCAL) to a disk of this instance",
+        )
+    scheme, separator, path = remote_url.rpartition("://")
+    if not separator or scheme in {"file", "local"}:
+        remote = Path(path).expanduser().absolute()
+        try:
+            is_same = os.stat(_existing(local)).st_dev == os.stat(_existing(remote)).st_dev
+        except OSError:
+            return
+        if is_same:
+            yield logging.INFO, "local and remote tier are on one volume: losing it loses both"
+
+
+def file_system(folder: Path, mounts: str | None = None) -> str | None:
+    """Type of the file system that holds `folder`, None where the system does not tell. mounts: /proc/self/mounts."""
+    try:
+        text = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+        wanted = folder.resolve()
+    except OSError:
+        return None
+    found: tuple[int, str | None] = (0, None)
+    for line in text.splitlines():
+        _, point, kind, *_ = line.split(" ")
+        place = Path(point.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
+        # Of two mounts on one folder the later one is seen.
+        if wanted.is_relative_to(place) and len(place.parts) >= found[0]:
+            found = (len(place.parts), kind)
+    return found[1]
+
+
+def _expendable(
+    tier: PosixTier, durable: Collection[CheckpointName], pinned: Collection[CheckpointName]
+) -> Iterator[CheckpointName]:
+    """Local commits that may go, oldest first."""
+    here = resume.names(tier)
+    kept = {*pinned, *(pin for name in here if (pin := _pin(tier, name)) is not None)}
+    for name in retention.superseded(here, keep=1, durable=durable, pinned=kept):
+        if name in durable:
+            yield name
+
+
+def _pin(tier: PosixTier, name: CheckpointName) -> CheckpointName | None:
+    try:
+        return resume.read_manifest(tier, name).pins
+    except (FileNotFoundError, CorruptCheckpointError):
+        return None
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Room for this user, None where the file system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total > 0 else None
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of `path` and the folders above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists() or place == place.parent)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
