@@ -43,11 +43,14 @@ class SpotConfig:
     local: folder on the fastest disk of this instance, shared by runs. None: chosen by `resolve`.
     interval_s: fixed seconds of useful training time between checkpoints. None: adapted.
     keep_local, keep_remote: newest checkpoints kept on each tier.
+    keep_every: on the remote, the first checkpoint at or after each multiple of so many steps stays for good,
+        besides the newest. None: only the newest stay.
     grace_s: seconds between the termination signal and the kill.
     preempt_exit_code: exit code of a preempted run; never 0 or 137.
     resume: False starts afresh although checkpoints exist.
     start_timeout_s: how long an unreachable remote is tried at start before giving up.
     drain_timeout_s: how long the end of training waits for the remote before it says so and returns.
+    trainable_only: leave frozen weights out of the checkpoints, where the trainer's format does not decide (Lightning).
     storage_options: passed to the remote's fsspec filesystem; may hold secrets, never logged or stored. Its
         variable holds a JSON object and counts only where the argument is not given.
     """
@@ -57,11 +60,13 @@ class SpotConfig:
     interval_s: float | None = None
     keep_local: int = 2
     keep_remote: int = 2
+    keep_every: int | None = None
     grace_s: float = 25.0
     preempt_exit_code: int = 75
     resume: bool = True
     start_timeout_s: float = 60.0
     drain_timeout_s: float = 600.0
+    trainable_only: bool = True
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,12 +90,19 @@ class SpotConfig:
         for name in ("keep_local", "keep_remote"):
             _check(_is_whole(getattr(self, name), 1), name, getattr(self, name), "a whole number, 1 or more")
         _check(
+            self.keep_every is None or _is_whole(self.keep_every, 1),
+            "keep_every",
+            self.keep_every,
+            "a whole number of steps, 1 or more, or None",
+        )
+        _check(
             _is_whole(self.preempt_exit_code, 1) and self.preempt_exit_code <= 255 and self.preempt_exit_code != 137,
             "preempt_exit_code",
             self.preempt_exit_code,
             "1 to 255 and not 137: 0 would make a preempted run look finished, 137 like one killed for memory",
         )
-        _check(isinstance(self.resume, bool), "resume", self.resume, "True or False")
+        for name in ("resume", "trainable_only"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
 
     def _check_local(self) -> None:

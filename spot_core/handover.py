@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from spot_core.errors import ConfigError
 from spot_core.snapshot.files import NativeFile
+from spot_core.store import layout, resume
+from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
+from spot_core.store.posix import PosixTier
 
 
 class Preempted(SystemExit):
@@ -19,7 +23,8 @@ class Capture:
     """What an adapter hands over at a boundary. native: the part of `files` that stock tools load.
 
     max_steps: steps this training is to last, if known. notes: why a resume from here is not bit-exact.
-    pinned_step: step of an earlier checkpoint that must be kept with this one (the best model), if any.
+    pinned_step: step of an earlier checkpoint that must be kept with this one (the best model), if any. loggers: ids
+    of tracker runs, by tracker, that only the adapter knows.
     """
 
     step: int
@@ -29,6 +34,7 @@ class Capture:
     max_steps: int | None = None
     notes: tuple[str, ...] = ()
     pinned_step: int | None = None
+    loggers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,21 @@ class ResumePoint:
     source: str
     pinned: Path | None
 
+    @classmethod
+    def read(cls, tier: PosixTier, name: CheckpointName, pin: CheckpointName | None, *, source: str) -> ResumePoint:
+        """The checkpoint `name` on the local tier; pin: the one it refers to. source: the tier it was found on."""
+        folder = tier.path(layout.checkpoint(name))
+        pinned = tier.path(layout.checkpoint(pin)) if pin is not None else None
+        return cls(resume.read_manifest(tier, name), folder, source, pinned)
+
+    @property
+    def committed(self) -> dict[int, CheckpointName]:
+        """This checkpoint and the one it refers to, by step."""
+        found = {self.manifest.step: self.manifest.name}
+        if self.manifest.pins is not None and self.pinned is not None:
+            found[self.manifest.pins.step] = self.manifest.pins
+        return found
+
     def verdict(self, number: int, versions: Mapping[str, str], notes: tuple[str, ...]) -> str:
         """The line that a resume logs: where it continues, and whether bit-exactly or why not.
 
@@ -47,8 +68,23 @@ class ResumePoint:
         """
         then = self.manifest.versions
         changed = [f"{key} {then[key]} -> {versions[key]}" for key in then if versions.get(key, then[key]) != then[key]]
-        reasons = [*self.manifest.notes, *notes, *changed]
+        reasons = list(dict.fromkeys([*self.manifest.notes, *notes, *changed]))
         return (
             f"resume: step {self.manifest.step} from the {self.source} tier, checkpoint {self.manifest.name}, as "
             f"incarnation {number}; {'not bit-exact: ' + '; '.join(reasons) if reasons else 'bit-exact'}"
         )
+
+
+def refuse(unsupported: Mapping[str, bool]) -> None:
+    """Raise ConfigError for the first thing that is used and could not be resumed exactly. Keys end the sentence."""
+    for what, is_used in unsupported.items():
+        if is_used:
+            raise ConfigError(
+                f"SpotCallback does not work with {what} yet, and refuses to start rather than fail to resume. "
+                "Nothing was written. Change that setting, or train without the callback."
+            )
+
+
+def expected_bytes(stored_bytes: int, trained_bytes: int) -> int:
+    """Size of a checkpoint before the optimizer has a state: Adam keeps two values beside each trained one."""
+    return stored_bytes + 2 * trained_bytes

@@ -15,30 +15,33 @@ their own, which never hold up a step.
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from spot_core.agent import lives
 from spot_core.agent.client import AgentClient, OpenedRun
 from spot_core.agent.journal import Journal, Progress
+from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
 from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import Hazard, LifeSpan
 from spot_core.config import SpotConfig
-from spot_core.errors import FencedError, TierError
+from spot_core.errors import FencedError
 from spot_core.handover import Capture, Preempted, ResumePoint
 from spot_core.notice.signals import SignalWatcher
 from spot_core.report import loggers
 from spot_core.report.log import make_visible
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import layout, resume
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier, check_usable
+from spot_core.store.volume import describe_place
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +64,22 @@ class Session:
         self._opened = opened
         self._tier = PosixTier(client.run_folder)
         self._versions, self._base_fingerprint = versions, base_fingerprint
-        self.resume = self._resume_point(opened)
+        self.resume: ResumePoint | None = None
+        if opened.restored is not None:
+            self.resume = ResumePoint.read(self._tier, opened.restored, opened.pin, source=str(opened.source))
         spans = [LifeSpan(life.duration_s, life.is_interrupted) for life in opened.lives]
         self._cadence = Cadence(Hazard.from_lives(spans), fixed_interval_s=config.interval_s)
         self._snapshotter = Snapshotter(device)
-        self._signals = SignalWatcher()
+        self.signals = SignalWatcher()
         self._began = time.monotonic()
         self._useful_before_s = self.resume.manifest.useful_s if self.resume else 0.0
         self._useful_s = 0.0  # in this life
         self._last: float | None = None  # when the step being timed began, None in a pause
         self._take_s: float | None = None  # stall of a snapshot whose gate is still to come
-        self._committed: dict[int, CheckpointName] = {}
         self._captured_step: int | None = None
+        self._failure = ""  # of the last local commit, if it failed
         self._fence: str | None = None
-        self._is_ended = False
-        self._journal: Journal | None = None
+        self._local: LocalRun | None = None
         self._writer: CheckpointWriter | None = None
         self._agent: AgentMonitor | None = None
 
@@ -101,6 +105,8 @@ class Session:
         client = AgentClient(config, identity)
         check_usable(client.run_folder, state_bytes)
         logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, config.remote)
+        for level, sentence in describe_place(client.run_folder, config.remote):
+            logger.log(level, "%s", sentence)
         return cls(
             config,
             identity,
@@ -111,40 +117,42 @@ class Session:
             base_fingerprint=base_fingerprint,
         )
 
-    def _resume_point(self, opened: OpenedRun) -> ResumePoint | None:
-        if opened.restored is None:
-            return None
-        folder = self._tier.path(layout.checkpoint(opened.restored))
-        pinned = self._tier.path(layout.checkpoint(opened.pin)) if opened.pin else None
-        return ResumePoint(resume.read_manifest(self._tier, opened.restored), folder, str(opened.source), pinned)
-
     def is_finished(self, max_steps: int | None) -> bool:
         """Whether training ended at the restored checkpoint and was to last as long: nothing is left to do."""
         return self._client.incarnation is None and self._opened.max_steps == max_steps
 
-    def begin(self, *, notes: tuple[str, ...] = ()) -> None:
+    @property
+    def has_begun(self) -> bool:
+        """Whether training started under this session."""
+        return self._local is not None
+
+    def begin(self, *, notes: tuple[str, ...] = (), signals: Mapping[signal.Signals, Any] | None = None) -> None:
         """Training starts: claim a life if that is still to be done, say where it resumes, watch for signals.
 
-        notes: reasons why this resume is not bit-exact.
+        notes: reasons why this resume is not bit-exact. signals: what announces a preemption, each with the handler
+        to call after ours; SIGTERM with its present one by default.
         """
         number = self._client.incarnation or self._client.claim()
         point = self.resume
-        why = "nothing is stored yet" if self.config.resume else "resume is off"
-        logger.info(
-            "%s",
-            point.verdict(number, self._versions, notes) if point else f"fresh start as incarnation {number}: {why}",
-        )
-        if point is not None:
+        if point is None:
+            why = "nothing is stored yet" if self.config.resume else "resume is off"
+            logger.info("fresh start as incarnation %d: %s", number, why)
+        else:
+            logger.info("%s", point.verdict(number, self._versions, notes))
             self._captured_step = point.manifest.step
-            self._committed[point.manifest.step] = point.manifest.name
-            if point.manifest.pins is not None and point.pinned is not None:
-                self._committed[point.manifest.pins.step] = point.manifest.pins
-        self._journal = Journal(self._tier.root, number)
-        self._journal.open_progress(self._progress(self._captured_step or 0))
-        self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number)
-        self._agent = AgentMonitor(self._client, self._journal)
+        journal = Journal(self._tier.root, number)
+        self._agent = AgentMonitor(self._client, journal)
+        self._local = LocalRun(
+            self._tier,
+            journal,
+            self._agent,
+            number=number,
+            progress=self._progress(self._captured_step or 0),
+            committed=point.committed if point is not None else {},
+        )
+        self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number, prepare=self._local.prepare)
         self._agent.start()
-        self._signals.install()
+        self.signals.install(signals)
         self._last = time.perf_counter()
 
     # -- while training ------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ class Session:
 
     def step_completed(self, step: int) -> None:
         """An optimizer step is done: count useful time. Raises FencedError if a newer life exists."""
-        writer, agent, journal = self._running()
+        writer, agent, local = self._running()
         if self._fence or agent.fence:
             raise FencedError(self._fence or agent.fence)
         now = time.perf_counter()
@@ -176,7 +184,7 @@ class Session:
             costs = costs.with_upload(agent.uploads.popleft())
         self._cadence.costs = costs
         self._last = now
-        journal.write_progress(self._progress(step))
+        local.write_progress(self._progress(step))
 
     def pause(self) -> None:
         """What follows (an evaluation, the trainer's own save) is not useful training time."""
@@ -189,7 +197,7 @@ class Session:
         Raises Preempted after a notice, once the checkpoint is as durable as the grace period allows.
         """
         writer, agent, _ = self._running()
-        if self._signals.noticed_at is not None:
+        if self.signals.noticed_at is not None:
             self._stop(capture)
         if not is_required:
             age_s = time.monotonic() - self._began
@@ -200,11 +208,11 @@ class Session:
         self._snapshot(capture)
 
     def _snapshot(self, capture: Callable[[], Capture]) -> None:
-        writer, _, _ = self._running()
+        writer, _, local = self._running()
         self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
         began = time.perf_counter()
         content = capture()
-        if content.step == self._captured_step:
+        if content.step == self._captured_step and not local.is_lost(local.committed.get(content.step)):
             return
         snapshot = self._snapshotter.take(content.files)
         writer.submit(snapshot, self._manifest(content), self._written)
@@ -215,8 +223,8 @@ class Session:
             self._last += self._take_s  # the stall is not useful time
 
     def _manifest(self, content: Capture) -> Manifest:
-        assert self._client.incarnation is not None
-        pins = self._committed.get(content.pinned_step) if content.pinned_step is not None else None
+        assert self._client.incarnation is not None and self._local is not None
+        pins = self._local.committed.get(content.pinned_step) if content.pinned_step is not None else None
         return Manifest(
             run=self.config.run,
             name=CheckpointName(self._client.incarnation, content.step),
@@ -229,7 +237,7 @@ class Session:
             versions=self._versions,
             world={key: value for key, value in self._identity.facts.items() if isinstance(value, int)},
             notes=content.notes,
-            loggers=loggers.running(),
+            loggers={**loggers.running(), **content.loggers},
             base_fingerprint=self._base_fingerprint,
             pins=pins,
         )
@@ -238,13 +246,14 @@ class Session:
         """Writer thread: a checkpoint was committed, or failed (then the writer has said so)."""
         if isinstance(written.error, FencedError):
             self._fence = str(written.error)
-        if written.error is not None or self._agent is None:
+        self._failure = written.failure
+        _, agent, local = self._running()
+        if written.error is not None:
             self._captured_step = None  # this step may be tried again
             return
         manifest = written.manifest
-        self._committed[manifest.step] = manifest.name
-        self._agent.committed(manifest.name)
-        durable = self._agent.newest_durable
+        local.add(manifest.name)
+        durable = agent.newest_durable
         logger.info(
             "checkpoint: step %d, %.1f MB in %.2f s, durable on the local tier; remote: %s",
             manifest.step,
@@ -255,24 +264,25 @@ class Session:
 
     def _progress(self, step: int) -> Progress:
         resumed_step = self.resume.manifest.step if self.resume else 0
-        return Progress(step, self._useful_before_s + self._useful_s, resumed_step)
+        failures = self._writer.failures if self._writer else 0
+        return Progress(step, self._useful_before_s + self._useful_s, resumed_step, failures, self._failure)
 
-    def _running(self) -> tuple[CheckpointWriter, AgentMonitor, Journal]:
-        if self._writer is None or self._agent is None or self._journal is None:
+    def _running(self) -> tuple[CheckpointWriter, AgentMonitor, LocalRun]:
+        if self._writer is None or self._agent is None or self._local is None:
             raise RuntimeError("Session.begin() has not been called")
-        return self._writer, self._agent, self._journal
+        return self._writer, self._agent, self._local
 
     # -- end -----------------------------------------------------------------------------------------------
 
     def _stop(self, capture: Callable[[], Capture]) -> None:
         """Preempted: commit this very step, wait for the remote within the grace period, and leave."""
-        writer, agent, _ = self._running()
-        assert self._signals.noticed_at is not None
-        deadline = self._signals.noticed_at + self.config.grace_s
+        writer, agent, local = self._running()
+        assert self.signals.noticed_at is not None
+        deadline = self.signals.noticed_at + self.config.grace_s
         if writer.wait(max(0.0, deadline - time.monotonic())):
             self._snapshot(capture)
             writer.wait(max(0.0, deadline - time.monotonic()))
-        newest = max(self._committed.values(), default=None)
+        newest = local.newest
         is_durable = newest is not None and agent.wait_durable(newest, deadline)
         self._end(lives.PREEMPTED)
         where = "durable on the remote" if is_durable else "on the local tier only, the agent goes on draining it"
@@ -288,50 +298,33 @@ class Session:
 
         Returns when both are durable locally; `wait_drained` waits for the remote.
         """
-        writer, _, _ = self._running()
+        writer, _, local = self._running()
         writer.wait()
         content = capture()
         self._snapshot(lambda: content)
         writer.wait()
-        name = self._committed.get(content.step)
-        try:
-            if name is not None:
-                resume.mark_complete(self._tier, name, content.max_steps)
-        except TierError as error:
-            logger.error("the end of training could not be recorded, run again it will repeat the end: %s", error)
+        if local.wait_for_room(self.config.drain_timeout_s):
+            self._snapshot(lambda: content)
+            writer.wait()
+        local.mark_complete(content.step, content.max_steps)
 
     def wait_drained(self) -> None:
         """Wait until everything committed is on the remote, with a progress bar; says so if it does not get there."""
-        _, agent, _ = self._running()
-        self._end(lives.COMPLETED)
-        agent.wait_ended(time.monotonic() + self.config.drain_timeout_s)
-        newest = max(self._committed.values(), default=None)
-        if newest is None or agent.newest_durable == newest:
-            return
-        logger.error(
-            "training is complete but checkpoint %s is not on the remote (%s); it is whole in %s. To finish: "
-            "spot agent --once --local %s --remote %s",
-            newest,
-            agent.last_failure or "the drain did not end in time",
-            self._tier.url,
-            self._tier.url,
-            self.config.remote,
-        )
+        _, _, local = self._running()
+        is_told = self._end(lives.COMPLETED)
+        # An agent that could not be told goes on until this process ends: there is nothing to wait for.
+        local.wait_drained(self.config.drain_timeout_s if is_told else 0.0, self.config.remote)
 
-    def _end(self, outcome: str) -> None:
-        """Tell the agent how this life ended; only the first word counts."""
-        if self._journal is not None and not self._is_ended:
-            self._is_ended = True
-            try:
-                self._journal.write_outcome(outcome)
-            except OSError as error:
-                logger.warning("the agent could not be told that this life %s: %s", outcome, error)
+    def _end(self, outcome: str) -> bool:
+        """Tell the agent how this life ended; only the first word counts. Returns whether it was told."""
+        is_told = self._local.end(outcome) if self._local is not None else False
         if self._agent is not None:
             self._agent.close()
+        return is_told
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. error: what ended training, None if it returned."""
-        self._signals.uninstall()
+        self.signals.uninstall()
         self._snapshotter.gate()
         if self._writer is not None:
             self._writer.close()
@@ -342,6 +335,8 @@ class Session:
             self._end(lives.FAILED if isinstance(error, Exception) else lives.STOPPED)
         if self._client.incarnation is None:
             self._client.dismiss()
+        if self._local is not None:
+            self._local.close()
 
 
 def _device_name(device: torch.device) -> str:

@@ -34,11 +34,13 @@ BAD: dict[str, list[Any]] = {
     "interval_s": [0, -1.0, float("nan"), "600", True, [1]],
     "keep_local": [0, -1, 1.5, 2.0, "2", None, True],
     "keep_remote": [0, -1, 1.5, 2.0, "2", None, True],
+    "keep_every": [0, -1, 1.5, 100.0, "100", False, True, [100]],
     "grace_s": [0, -1.0, float("nan"), "25", None, True],
     "preempt_exit_code": [0, 137, 256, -9, 75.0, "75", None, True],
     "resume": [None, "false", 0, 1, ""],
     "start_timeout_s": [0, -1.0, float("nan"), "60", None],
     "drain_timeout_s": [0, -1.0, float("nan"), "600", None],
+    "trainable_only": [None, "true", 0],
     "storage_options": [None, "key=1", [("key", 1)], {"session": object()}, {"key": {1, 2}}, {7: "not text"}],
 }
 GOOD: dict[str, list[Any]] = {
@@ -47,11 +49,13 @@ GOOD: dict[str, list[Any]] = {
     "interval_s": [None, 0.001, 600, np.float64(60)],
     "keep_local": [1, 100],
     "keep_remote": [1, 100],
+    "keep_every": [None, 1, 1000],
     "grace_s": [0.5, 120],
     "preempt_exit_code": [1, 75, 143, 255],
     "resume": [True, False],
     "start_timeout_s": [0.1, 3600],
     "drain_timeout_s": [0.1, float("inf")],
+    "trainable_only": [True, False],
     "storage_options": [{}, {"key": "k", "client_kwargs": {"region_name": "eu-west-1"}, "anon": False, "n": [1]}],
 }
 
@@ -149,11 +153,13 @@ FROM_ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "interval_s": ("12.5", 12.5),
     "keep_local": ("7", 7),
     "keep_remote": (" 8 ", 8),
+    "keep_every": ("500", 500),
     "grace_s": ("30", 30.0),
     "preempt_exit_code": ("99", 99),
     "resume": ("false", False),
     "start_timeout_s": ("5", 5.0),
     "drain_timeout_s": ("1e3", 1000.0),
+    "trainable_only": ("false", False),
 }
 ARGUMENTS: dict[str, Any] = {
     "remote": REMOTE,
@@ -161,11 +167,13 @@ ARGUMENTS: dict[str, Any] = {
     "interval_s": 1.0,
     "keep_local": 1,
     "keep_remote": 1,
+    "keep_every": 1,
     "grace_s": 1.0,
     "preempt_exit_code": 1,
     "resume": True,
     "start_timeout_s": 1.0,
     "drain_timeout_s": 1.0,
+    "trainable_only": True,
 }
 
 
@@ -197,6 +205,7 @@ def test_the_argument_beats_the_default_and_none_means_the_default() -> None:
     [
         ("SPOT_KEEP_LOCAL", "2.5"),
         ("SPOT_KEEP_LOCAL", "many"),
+        ("SPOT_KEEP_EVERY", "1e3"),
         ("SPOT_INTERVAL_S", "10 minutes"),
         ("SPOT_GRACE_S", "soon"),
         ("SPOT_RESUME", "maybe"),

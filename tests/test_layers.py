@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core.progress", "spot_core"},
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
-    "spot_core.handover": {"spot_core.store", "spot_core.snapshot"},
+    "spot_core.handover": BELOW | {"spot_core.store", "spot_core.snapshot"},
     "spot_core.session": BELOW
     | {
         f"spot_core.{part}"

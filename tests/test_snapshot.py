@@ -146,8 +146,10 @@ def test_a_state_that_cannot_be_restored_is_known_at_the_first_checkpoint(tmp_pa
     snapshotter.close()
 
 
-def test_disk_full_is_counted_and_the_next_checkpoint_works(training: Any, tmp_path: Path) -> None:
-    """A real ENOSPC-like refusal: a file where the staging folder must be."""
+def test_a_staging_folder_that_cannot_be_made_is_counted_and_the_next_checkpoint_works(
+    training: Any, tmp_path: Path
+) -> None:
+    """A file is where it must be."""
     model, optimizer = training
     tier = PosixTier(tmp_path)
     (tmp_path / "staging").write_text("in the way")

@@ -25,7 +25,7 @@ from spot_core.chaos.command import chaos
 from spot_core.config import storage_options_from
 from spot_core.errors import ConfigError, FencedError, SpotError
 from spot_core.progress import byte_bar
-from spot_core.report import draining, places, runs, status, status_report, tables, verify
+from spot_core.report import draining, places, prune, repair, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
 from spot_core.report.log import make_visible
 
@@ -45,6 +45,15 @@ app = typer.Typer(
 
 RunUrl = Annotated[str, typer.Argument(metavar="URL", help="The run's folder: s3://bucket/my-run, or a path.")]
 AnyUrl = Annotated[str, typer.Argument(metavar="URL", help="A run's folder, or a folder that holds runs.")]
+KeepEvery = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        envvar="SPOT_KEEP_EVERY",
+        help="Besides, keep the first checkpoint at or after each multiple of N steps. Default: none of them.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines: units in the names, keys stay.")]
 
 
@@ -130,9 +139,50 @@ def restore(
     folder = to.expanduser().absolute()
     restored = restoring.restore(tier, folder, choice=choice, progress_bar=lambda: byte_bar("restoring"))
     typer.echo(f"step {restored.manifest.step}, verified: {restored.path}")
-    typer.echo(f"load it with: {restoring.how_to_load(restored.path)}")
+    typer.echo(f"load it with: {restoring.how_to_load(restored)}")
     if restored.manifest.pins is not None:
         typer.echo(f"its best model is checkpoint {restored.manifest.pins}, restored with --checkpoint")
+
+
+@app.command("prune")
+def prune_stored(
+    url: RunUrl,
+    keep: Annotated[
+        int, typer.Option(metavar="N", min=1, envvar="SPOT_KEEP_REMOTE", help="How many of the newest stay.")
+    ] = 2,
+    keep_every: KeepEvery = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
+) -> None:
+    """Delete a run's superseded checkpoints, never the newest one nor what one that stays refers to.
+
+    The newest is read back whole first. Refused while a life of the run is active: its agent prunes by itself.
+    """
+    tier = places.open_run(url, _options()).tier
+    with byte_bar("verifying the newest") as on_progress:
+        plan = prune.plan(tier, keep=keep, keep_every=keep_every, now=time.time(), on_progress=on_progress)
+    if not dry_run:
+        prune.execute(tier, plan)
+    tables.show(tables.prune_report(plan, is_done=not dry_run))
+
+
+@app.command("repair")
+def repair_stored(
+    url: RunUrl,
+    source: Annotated[
+        str, typer.Option("--from", metavar="URL", help="The run's other copy: its remote, or its local folder.")
+    ],
+) -> None:
+    """Mend damaged checkpoints from the run's other copy, where that one verifies. Exits 1 if any damage is left.
+
+    What is damaged is set aside under damaged/ first. Refused while a life of the run is active.
+    """
+    options = _options()
+    target, other = places.open_run(url, options), places.open_run(source, options)
+    with byte_bar(f"verifying {target.name}") as on_progress:
+        result = repair.repair(target, other, now=time.time(), on_progress=on_progress)
+    tables.show(tables.repair_report(result, other.tier.url))
+    if not result.is_whole:
+        raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()
@@ -152,9 +202,12 @@ def agent(
             metavar="N", min=1, envvar="SPOT_KEEP_REMOTE", help="Prune the remote to the newest N. Default: keep all."
         ),
     ] = None,
+    keep_every: KeepEvery = None,
 ) -> None:
     """Drain a run's local folder to the remote by hand, or beside a trainer that shares the folder."""
-    drain = draining.open_drain(local, remote, _options(), keep_local=keep_local, keep_remote=keep_remote)
+    drain = draining.open_drain(
+        local, remote, _options(), keep_local=keep_local, keep_remote=keep_remote, keep_every=keep_every
+    )
     if once:
         drain.once()
     else:

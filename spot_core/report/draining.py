@@ -38,6 +38,7 @@ class HandDrain:
     remote: Tier
     keep_local: int
     keep_remote: int
+    keep_every: int | None = None
     _drain: Drain | None = None
     _incarnation: int = 0
 
@@ -92,6 +93,7 @@ class HandDrain:
                 incarnation=number,
                 keep_local=self.keep_local,
                 keep_remote=self.keep_remote,
+                keep_every=self.keep_every,
             )
         return self._drain
 
@@ -101,15 +103,24 @@ class HandDrain:
 
 
 def open_drain(
-    folder: Path, url: str, options: Mapping[str, Any], *, keep_local: int | None, keep_remote: int | None
+    folder: Path,
+    url: str,
+    options: Mapping[str, Any],
+    *,
+    keep_local: int | None,
+    keep_remote: int | None,
+    keep_every: int | None = None,
 ) -> HandDrain:
-    """folder: the run's local folder, or the one above, shared by runs. keep: None deletes nothing."""
+    """folder: the run's local folder, or the one above, shared by runs.
+
+    keep_local, keep_remote: None deletes nothing. keep_every: what stays on the remote besides.
+    """
     remote = open_tier(absolute_url(url), options)
     below = folder / remote.url.rpartition("/")[2]
     local = PosixTier(below if not (folder / layout.RUN).exists() and (below / layout.RUN).exists() else folder)
     if isinstance(remote, PosixTier) and remote.root.resolve() == local.root.resolve():
         raise ConfigError(f"{local.url} is both the local folder and the remote")
-    return HandDrain(local, remote, keep_local or KEEP_ALL, keep_remote or KEEP_ALL)
+    return HandDrain(local, remote, keep_local or KEEP_ALL, keep_remote or KEEP_ALL, keep_every)
 
 
 def stop_on_signals() -> threading.Event:

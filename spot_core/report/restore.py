@@ -76,12 +76,15 @@ def choose(tier: Tier, *, checkpoint: str | None, step: int | None) -> Checkpoin
     raise ConfigError(f"{tier.url} holds no {wanted}. Stored: {there}")
 
 
-def how_to_load(path: Path) -> str:
+def how_to_load(restored: RestoredNative) -> str:
     """One line of code that loads a native checkpoint with the tools it was made for."""
+    path = restored.path
     if (path / "adapter_config.json").is_file():
         return f'PeftModel.from_pretrained(base_model, "{path}")'
     if (path / "trainer_state.json").is_file():
         return f'trainer.train(resume_from_checkpoint="{path}")'
+    if path.suffix == ".ckpt" and restored.manifest.base_fingerprint is not None:
+        return f'MyModule.load_from_checkpoint("{path}", strict=False): the frozen base is not part of it'
     if path.suffix == ".ckpt":
         return f'trainer.fit(model, ckpt_path="{path}")'
     return f'torch.load("{path}")' if path.is_file() else f"the files in {path}, as the script that wrote them does"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from spot_core.agent import lives
 from spot_core.agent.lives import Life
 from spot_core.agent.process import HEARTBEAT_S
-from spot_core.errors import CorruptCheckpointError, SpotError
+from spot_core.errors import ConfigError, CorruptCheckpointError, SpotError
 from spot_core.report.places import StoredRun, in_parallel
+from spot_core.report.units import ago, duration
 from spot_core.store import layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.tier import Tier
@@ -153,6 +154,21 @@ def life_view(life: Life, stored: Sequence[CheckpointView], *, now: float, step:
         step=step,
         steps=max(0, step - life.resumed_step),
     )
+
+
+def check_no_active_life(tier: Tier, *, now: float, undone: str, advice: str) -> None:
+    """Raise ConfigError if the newest life that has a record is running, as `spot status` shows it.
+
+    undone: what was not done yet, such as `deleted`; advice: why it must not be done now.
+    """
+    newest = lives.read_lives(tier, most=1)
+    life = life_view(newest[-1], checkpoints(tier, now=now), now=now) if newest else None
+    if life is not None and life.outcome == lives.RUNNING:
+        raise ConfigError(
+            f"life {life.incarnation} of {tier.url} is running on {life.host}, last seen "
+            f"{ago(round(life.heartbeat_age_s))}: {advice}. Nothing was {undone}. Try again when it has ended; a life "
+            f"that vanished counts as ended after {duration(LOST_AFTER_S)}."
+        )
 
 
 def claims_without_record(tier: Tier, recorded: list[LifeView]) -> list[int]:

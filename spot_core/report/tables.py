@@ -12,6 +12,8 @@ from rich.text import Text
 
 from spot_core.agent import lives
 from spot_core.report import verify
+from spot_core.report.prune import PrunePlan
+from spot_core.report.repair import Repair
 from spot_core.report.runs import LOST, CheckpointView, RunView
 from spot_core.report.units import ago, count, duration, size
 from spot_core.report.verify import VerifiedRun
@@ -132,10 +134,52 @@ def verify_report(views: Sequence[VerifiedRun]) -> RenderableType:
         parts.extend(line("red", f"{checkpoint.result}: {problem}") for problem in checkpoint.problems)
     if bad:
         parts.append(line("bold red", f"{len(bad)} of {count(len(found), 'checkpoint')} failed"))
+        for view in views:
+            if any(checkpoint.result == verify.DAMAGED for checkpoint in view.checkpoints):
+                parts.append(line("", f"to mend it from the run's other copy: spot repair {view.url} --from URL"))
     elif found and all(view.is_sound for view in views):
         parts.append(line("green", f"{count(len(found), 'checkpoint')} verified, every file is as committed"))
     elif all(view.is_sound for view in views):
         parts.append(line("yellow", "no checkpoint yet"))
+    return Group(*parts)
+
+
+def prune_report(plan: PrunePlan, *, is_done: bool) -> RenderableType:
+    """What `spot prune` deleted, or would delete."""
+    if not plan.doomed:
+        return line("green", f"nothing to delete: all of {count(len(plan.kept), 'checkpoint')} stay")
+    table = new_table()
+    table.add_column("Deleted" if is_done else "Would be deleted", no_wrap=True)
+    add_numbers(table, "Step", "Size")
+    for each in plan.doomed:
+        table.add_row(
+            str(each.name), _number(each.name.step), "?" if each.size_bytes is None else size(each.size_bytes)
+        )
+    freed, stay = size(plan.size_bytes), ", ".join(map(str, plan.kept))
+    what = f"{count(len(plan.doomed), 'checkpoint')} deleted, {freed} freed"
+    if not is_done:
+        what = f"{count(len(plan.doomed), 'checkpoint')} would be deleted, {freed} freed; nothing was deleted"
+    return Group(table, "", line("green" if is_done else "yellow", what), line("", f"kept: {stay}"))
+
+
+def repair_report(repair: Repair, source: str) -> RenderableType:
+    """What `spot repair` mended, and what it could not."""
+    parts: list[RenderableType] = []
+    mended = [each for each in repair.damaged if each.error is None]
+    for each in mended:
+        parts.append(line("green", f"repaired {each.name} from {source}: {', '.join(each.files)}"))
+        if each.aside is not None:
+            parts.append(line("dim", f"  the damaged bytes were set aside in {each.aside}"))
+    for each in repair.damaged:
+        if each.error is not None:
+            parts.append(line("red", f"not repaired: checkpoint {each.name}: {each.error}"))
+    left = len(repair.damaged) - len(mended)
+    parts.append(
+        line(
+            "bold red" if left else "green",
+            f"{count(len(mended), 'checkpoint')} repaired, {left} not, {repair.sound} had no damage",
+        )
+    )
     return Group(*parts)
 
 

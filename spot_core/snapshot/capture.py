@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -118,7 +118,7 @@ class Snapshotter:
 def _freeze(file: NativeFile) -> NativeFile:
     """Copy what may change before the next optimizer step: containers, plain values, volatile tensors."""
     if isinstance(file, TorchFile):
-        return TorchFile(path=file.path, tree=rebuild(file.tree, _clone if file.is_volatile else _keep))
+        return replace(file, tree=rebuild(file.tree, lambda live: _clone(live) if file.is_volatile(live) else live))
     if isinstance(file, SafetensorsFile) and file.volatile:
         tensors = {key: _clone(tensor) if key in file.volatile else tensor for key, tensor in file.tensors.items()}
         return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
@@ -137,10 +137,6 @@ def _clone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
-def _keep(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _ordered_tensors(file: NativeFile) -> list[torch.Tensor]:
     if isinstance(file, SafetensorsFile):
         return [file.tensors[key] for key in safetensors_order(file.tensors)]
@@ -152,5 +148,5 @@ def _on_host(file: NativeFile, supply: Iterator[torch.Tensor]) -> NativeFile:
         tensors = {key: next(supply) for key in safetensors_order(file.tensors)}
         return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
     if isinstance(file, TorchFile):
-        return TorchFile(path=file.path, tree=rebuild(file.tree, lambda _: next(supply)))
+        return replace(file, tree=rebuild(file.tree, lambda _: next(supply)))
     return file

@@ -7,6 +7,7 @@ forward and backward. Everything else is `volatile` and copied at once.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import struct
@@ -36,6 +37,9 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+_IMMUTABLE = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
     """A safetensors file. tensors: live tensors by key; volatile: keys that forward or backward may change."""
@@ -46,13 +50,28 @@ class SafetensorsFile:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
+def nothing(tensor: torch.Tensor) -> bool:
+    """Volatile in a file whose tensors all are stable."""
+    return False
+
+
+def everything(tensor: torch.Tensor) -> bool:
+    """Volatile in a file whose tensors may change at any time."""
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchFile:
-    """A `torch.save` file of nested dicts, lists and tuples with tensors and plain values in them."""
+    """A `torch.save` file of nested dicts, lists and tuples with tensors and other values in them.
+
+    is_volatile: which of its tensors forward or backward may change. inert_keys: None if it is loaded with
+    `weights_only=True`; otherwise for `loading.load_inert`, parts of the tree that a resume does not need.
+    """
 
     path: str
     tree: Any
-    is_volatile: bool = False
+    is_volatile: Callable[[torch.Tensor], bool] = nothing
+    inert_keys: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +85,20 @@ class BytesFile:
 NativeFile = SafetensorsFile | TorchFile | BytesFile
 
 
+def tensor_bytes(file: NativeFile) -> int:
+    """Size of a file's tensors: close to the size of the file where there are any."""
+    if isinstance(file, BytesFile):
+        return 0
+    tensors = file.tensors.values() if isinstance(file, SafetensorsFile) else tensors_of(file.tree)
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+
+
 def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
     """Copy of nested containers with `leaf` applied to each tensor: later changes to the original don't show."""
     if isinstance(tree, torch.Tensor):
         return leaf(tree)
+    if isinstance(tree, _IMMUTABLE):
+        return tree
     if isinstance(tree, dict):
         copied = {key: rebuild(value, leaf) for key, value in tree.items()}
         return copied if type(tree) is dict else _like(tree, copied)
@@ -78,7 +107,7 @@ def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
         if type(tree) is list:
             return items
         return tree.__class__(*items) if hasattr(tree, "_fields") else tree.__class__(items)
-    return tree
+    return copy.deepcopy(tree)
 
 
 def _like(original: Any, copied: dict[Any, Any]) -> Any:

@@ -2,10 +2,12 @@
 
 Each byte is digested while it is hot, on its way to the file. A failure never reaches the training thread as an
 exception: it is logged once per cause, counted and reported through `on_done`; the next checkpoint tries again.
+A folder that is removed under a write costs a second attempt, since the snapshot is still in memory.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from spot_core.errors import FencedError
+from spot_core.errors import FencedError, SpotError
 from spot_core.snapshot.capture import Snapshot, Snapshotter
 from spot_core.snapshot.files import (
     NativeFile,
@@ -26,15 +28,24 @@ from spot_core.snapshot.files import (
     TorchFile,
     safetensors_order,
     same_bits,
+    tensor_bytes,
     write_safetensors,
 )
+from spot_core.snapshot.loading import load_inert
 from spot_core.store import incarnation
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier, write_all
 
 logger = logging.getLogger(__name__)
 
+# Called before each commit with the manifest to be and about how many bytes come; raises if they must not be written.
+Prepare = Callable[[Manifest, int], None]
+
 _CHUNK_BYTES = 4 << 20
+# A cause that is overcome and comes back is told again after this long.
+_TELL_AGAIN_S = 600.0
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ESTALE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +56,29 @@ class Written:
     seconds: float
     error: Exception | None = None
 
+    @property
+    def failure(self) -> str:
+        """The error in words, empty if there was none."""
+        error = self.error
+        if error is None:
+            return ""
+        what = error.strerror if isinstance(error, SpotError) and isinstance(error, OSError) else None
+        return f"checkpoint of step {self.manifest.step} not written ({what or f'{type(error).__name__}: {error}'})"
+
 
 class CheckpointWriter:
     """Commits snapshots of one incarnation to the local tier."""
 
-    def __init__(self, tier: PosixTier, snapshotter: Snapshotter, *, number: int) -> None:
-        self._tier, self._snapshotter, self._number = tier, snapshotter, number
+    def __init__(
+        self, tier: PosixTier, snapshotter: Snapshotter, *, number: int, prepare: Prepare = lambda *_: None
+    ) -> None:
+        self._tier, self._snapshotter, self._number, self._prepare = tier, snapshotter, number, prepare
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="spot-writer")
         self._current: Future[None] | None = None
         self._is_first = True
-        self._reported: str | None = None
+        self._last_bytes = 0
+        self._told_at: dict[str, float] = {}
+        self._failed_in_a_row = 0
         self.failures = 0
 
     @property
@@ -80,46 +104,71 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, manifest: Manifest, on_done: Callable[[Written], None]) -> None:
         began = time.perf_counter()
-        staged: Path | None = None
         try:
             files = snapshot.ready.result()
             self._snapshotter.wait_for_device()
-            staged = self._tier.stage(manifest.name)
+            try:
+                manifest = self._commit(files, manifest)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                logger.debug("%s was removed while it was written, once more: %s", manifest.name, error)
+                manifest = self._commit(files, manifest)
+            written = Written(manifest, time.perf_counter() - began)
+            self._succeeded()
+        except Exception as error:
+            written = Written(manifest, time.perf_counter() - began, error)
+            self._failed(written)
+        finally:
+            snapshot.written.set()
+        on_done(written)
+
+    def _commit(self, files: list[NativeFile], manifest: Manifest) -> Manifest:
+        # What was written last also counts what tensors do not: headers, the trainer's own records.
+        self._prepare(manifest, max(self._last_bytes, sum(map(tensor_bytes, files))))
+        staged = self._tier.stage(manifest.name)
+        try:
             manifest = replace(manifest, files=tuple(self._write_file(staged, file) for file in files))
             if self._is_first:
                 _load_back(staged, files)
                 self._is_first = False
             incarnation.check_fence(self._tier, self._number)
+            _check_whole(staged, manifest)
             self._tier.commit(staged, manifest)
-            self._reported = None
-            written = Written(manifest, time.perf_counter() - began)
-        except Exception as error:
-            written = Written(manifest, time.perf_counter() - began, error)
-            self._failed(error, manifest, staged)
-        finally:
-            snapshot.written.set()
-        on_done(written)
-
-    def _failed(self, error: Exception, manifest: Manifest, staged: Path | None) -> None:
-        self.failures += 1
-        if staged is not None:
+        except Exception:
             shutil.rmtree(staged, ignore_errors=True)
+            raise
+        self._last_bytes = manifest.total_bytes
+        return manifest
+
+    def _succeeded(self) -> None:
+        if self._failed_in_a_row:
+            logger.info("checkpoints are written again, after %d that were not", self._failed_in_a_row)
+            self._failed_in_a_row = 0
+        forget_before = time.monotonic() - _TELL_AGAIN_S
+        self._told_at = {cause: told_at for cause, told_at in self._told_at.items() if told_at > forget_before}
+
+    def _failed(self, written: Written) -> None:
+        self.failures += 1
+        error = written.error
         if isinstance(error, FencedError):
             return  # stops the training thread, with its own message
-        cause = f"{type(error).__name__} {getattr(error, 'errno', '')}"
-        if cause != self._reported:
-            self._reported = cause
+        self._failed_in_a_row += 1
+        cause = _cause(error)
+        if cause not in self._told_at:
+            self._told_at[cause] = time.monotonic()
             logger.error(
-                "checkpoint of step %d not written (%s: %s); training goes on, earlier checkpoints are intact, "
-                "the next one is tried as usual",
-                manifest.step,
-                type(error).__name__,
-                error,
+                "%s; training goes on, nothing that was committed was touched, the next one is tried as usual%s",
+                written.failure,
+                ". Free space there or, for the next life, set local= (SPOT_LOCAL) to a larger disk of this instance"
+                if cause == "full"
+                else "",
             )
 
     def _write_file(self, staged: Path, file: NativeFile) -> FileRecord:
         path = staged / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Never the staging folder itself: were it removed meanwhile, the files before this one would be missing.
+        for folder in reversed(Path(file.path).parents):
+            if folder != Path("."):
+                (staged / folder).mkdir(exist_ok=True)
         with DigestingFile(path) as target:
             if isinstance(file, SafetensorsFile):
                 ordered = {key: file.tensors[key] for key in safetensors_order(file.tensors)}
@@ -132,11 +181,15 @@ class CheckpointWriter:
 
 
 class DigestingFile:
-    """A new file that digests what is written to it and is fsynced when closed without an error."""
+    """A new file that digests what is written to it and is fsynced when closed without an error.
+
+    An OSError of a write ends the block as it is: torch.save makes a RuntimeError about positions of it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "xb", buffering=0)
         self._digest = blake3()
+        self._error: OSError | None = None
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -144,7 +197,11 @@ class DigestingFile:
         for start in range(0, len(view), _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]
             self._digest.update(chunk)
-            write_all(self._file.fileno(), chunk)
+            try:
+                write_all(self._file.fileno(), chunk)
+            except OSError as error:
+                self._error = error
+                raise
         self.size += len(view)
         return len(view)
 
@@ -158,9 +215,29 @@ class DigestingFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            if self._error is not None:
+                raise self._error
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _cause(error: Exception | None) -> str:
+    """What makes two failures one for the user, wherever in a commit each was noticed."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        return type(error).__name__
+    return "full" if number in _FULL else "gone" if number in _GONE else str(number)
+
+
+def _check_whole(staged: Path, manifest: Manifest) -> None:
+    """Raise FileNotFoundError if somebody removed what was just written."""
+    for file in manifest.files:
+        path = staged / file.path
+        if path.stat().st_size != file.bytes:
+            raise FileNotFoundError(errno.ENOENT, "another size than was written", str(path))
 
 
 def _load_back(staged: Path, files: list[NativeFile]) -> None:
@@ -170,7 +247,9 @@ def _load_back(staged: Path, files: list[NativeFile]) -> None:
 
     for file in files:
         path = staged / file.path
-        if isinstance(file, TorchFile):
+        if isinstance(file, TorchFile) and file.inert_keys is not None:
+            load_inert(path, inert_keys=file.inert_keys)
+        elif isinstance(file, TorchFile):
             with _restorable_globals():
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         elif isinstance(file, SafetensorsFile):

@@ -7,17 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+EVERY_TRAINER = {"SpotCallback", "SpotCallback, no checkpoint", "torch.save, fsync", "memcpy"}
 STALL_SAVERS = {
-    "SpotCallback",
-    "SpotCallback, no checkpoint",
-    "spot_core",
-    "DCP async_save",
-    "DCP async_save, stager reused",
-    "Trainer._save_checkpoint",
-    "torch.save, fsync",
-    "memcpy",
+    "hf": {
+        *EVERY_TRAINER,
+        "spot_core",
+        "DCP async_save",
+        "DCP async_save, stager reused",
+        "Trainer._save_checkpoint",
+    },
+    "lightning": {*EVERY_TRAINER, "ModelCheckpoint", "ModelCheckpoint, AsyncCheckpointIO"},
 }
+WRITE_NOTHING = {"SpotCallback, no checkpoint", "memcpy"}
 
 
 def run(*arguments: str) -> str:
@@ -27,19 +31,24 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_stall_measures_every_saver_and_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", STALL_SAVERS)
+def test_stall_measures_every_saver_and_leaves_nothing_behind(trainer: str, tmp_path: Path) -> None:
     """One round of the tiny size gives each saver a positive row, in the table and in the JSON."""
     checkpoints, figures = tmp_path / "checkpoints", tmp_path / "stall.json"
     checkpoints.mkdir()
-    arguments = ["--size", "tiny", "--repeat", "1", "--json", str(figures), "--folder", str(checkpoints)]
-    table = run("stall.py", *arguments)
+    arguments = ["--trainer", trainer, "--size", "tiny", "--repeat", "1"]
+    table = run("stall.py", *arguments, "--json", str(figures), "--folder", str(checkpoints))
     [result] = json.loads(figures.read_text())["results"]
     rows = {row["saver"]: row for row in result["rows"]}
-    assert rows.keys() == STALL_SAVERS
+    assert rows.keys() == STALL_SAVERS[trainer]
     assert all(saver in table for saver in rows)
     for row in rows.values():
         assert 0 < row["shortest_s"] <= row["stall_s"] <= row["longest_s"]
         assert row["next_step"] > 0
+        assert (row["file_bytes"] == 0) == (row["saver"] in WRITE_NOTHING)
     assert result["tensors"] > 100
     assert result["bytes"] > 0
     assert not list(checkpoints.iterdir())
+    if trainer == "lightning":
+        # ModelCheckpoint stores the frozen base with every checkpoint of adapters.
+        assert rows["ModelCheckpoint"]["file_bytes"] > 2 * rows["SpotCallback"]["file_bytes"]

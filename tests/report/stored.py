@@ -124,3 +124,18 @@ class BuiltRun:
         found = list(self.local.path(layout.checkpoint(name)).rglob(path))
         assert len(found) == 1, found
         return found[0]
+
+
+def flip(file: Path) -> None:
+    """One bit of it, in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    """By one byte."""
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {"flipped": flip, "truncated": truncate, "missing": Path.unlink}

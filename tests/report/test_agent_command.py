@@ -52,6 +52,15 @@ def test_once_makes_everything_durable_and_says_so(two_tiers: BuiltRun) -> None:
         assert f"checkpoint {name} is durable in {run.url}" in result.err
 
 
+def test_once_keeps_milestones_on_the_remote(two_tiers: BuiltRun) -> None:
+    run = two_tiers
+    names = [run.commit(step) for step in (95, 105, 130, 140)]
+    result = spot_process(*_once(run, "--keep-remote", 1, "--keep-local", 1, "--keep-every", 100))
+    assert result.code == 0, result.err
+    assert resume.names(run.remote) == [names[3], names[1]]
+    assert resume.names(run.local) == [names[3]]
+
+
 def test_once_with_everything_drained_says_that_nothing_is_left(two_tiers: BuiltRun) -> None:
     name = two_tiers.commit(1)
     two_tiers.drain()

@@ -35,9 +35,19 @@ def stored_on_s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_help_names_every_command_and_the_exit_codes(spot: Spot) -> None:
     result = spot("--help")
     assert result.code == 0
-    for word in ("ls", "status", "verify", "restore", "agent", "Exit codes: 0 done", STORAGE_OPTIONS):
+    for word in (
+        "ls",
+        "status",
+        "verify",
+        "restore",
+        "prune",
+        "repair",
+        "agent",
+        "Exit codes: 0 done",
+        STORAGE_OPTIONS,
+    ):
         assert word in result.out
-    for command in ("ls", "status", "verify", "restore", "agent"):
+    for command in ("ls", "status", "verify", "restore", "prune", "repair", "agent"):
         assert spot(command, "--help").code == 0
 
 

@@ -13,20 +13,7 @@ from spot_core.store import layout, retention
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier
 from tests.report.conftest import Spot, everything_in
-from tests.report.stored import BuiltRun
-
-
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-DAMAGES = {"flipped": _flip, "truncated": _truncate, "missing": Path.unlink}
+from tests.report.stored import DAMAGES, BuiltRun, flip, truncate
 
 
 def test_a_sound_run_verifies_and_is_left_as_it_was(spot: Spot, run: BuiltRun) -> None:
@@ -58,11 +45,18 @@ def test_damage_is_named_and_ends_with_1(spot: Spot, run: BuiltRun, damage: Call
     assert {row["name"]: row["result"] for row in checked["checkpoints"]} == {str(bad): "damaged", str(sound): "ok"}
 
 
+def test_damage_comes_with_the_command_that_mends_it(spot: Spot, run: BuiltRun) -> None:
+    bad = run.commit(1)
+    assert "spot repair" not in spot("verify", run.url).out
+    flip(run.file(bad, "optimizer.pt"))
+    assert f"spot repair {run.url} --from URL" in spot("verify", run.url).out
+
+
 def test_all_damaged_files_are_named_not_only_the_first(spot: Spot, run: BuiltRun) -> None:
     one, two = run.commit(1), run.commit(2)
-    _flip(run.file(one, "optimizer.pt"))
+    flip(run.file(one, "optimizer.pt"))
     run.file(one, "data.json").unlink()
-    _truncate(run.file(two, "adapter_config.json"))
+    truncate(run.file(two, "adapter_config.json"))
 
     out = spot("verify", run.url).out
 
@@ -142,7 +136,7 @@ def test_a_file_that_cannot_be_read_fails_without_being_called_damaged(
 def test_a_root_verifies_every_run_although_one_is_unreadable(spot: Spot, run: BuiltRun, tmp_path: Path) -> None:
     run.commit(1)
     other = BuiltRun(tmp_path / "runs" / "zephyr")
-    _flip(other.file(other.commit(5), "optimizer.pt"))
+    flip(other.file(other.commit(5), "optimizer.pt"))
     bad = tmp_path / "runs" / "bad"
     bad.mkdir()
     (bad / layout.RUN).write_text("{")

@@ -1,0 +1,137 @@
+"""`spot prune`: delete the superseded checkpoints of one run on one tier by hand, by the rules of retention.
+
+Nothing goes before the newest checkpoint was read back whole, and nothing while a life is active: its agent prunes by
+itself, and may be about to commit a checkpoint that refers to an old one. Should a life begin meanwhile, pruning stops:
+what it could resume from stays in any case. A crash leaves at most a folder without a manifest, for the next sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spot_core.errors import ConfigError, CorruptCheckpointError, FencedError, TierError
+from spot_core.report import runs
+from spot_core.report.places import in_parallel
+from spot_core.report.units import count, size
+from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import Manifest
+from spot_core.store.resume import OnProgress
+from spot_core.store.tier import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """A checkpoint that may go. size_bytes is None where its manifest cannot be read."""
+
+    name: CheckpointName
+    size_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What may go, oldest first, and what stays, newest first. incarnation: the newest life when this was found."""
+
+    doomed: tuple[Superseded, ...]
+    kept: tuple[CheckpointName, ...]
+    incarnation: int
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(each.size_bytes or 0 for each in self.doomed)
+
+
+def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progress: OnProgress) -> PrunePlan:
+    """Find what may go, and read the newest checkpoint back if anything may. Deletes nothing.
+
+    Raises ConfigError (a life is active, or this is a local folder), CorruptCheckpointError (the newest checkpoint or
+    the manifest of one that stays is damaged), TierError.
+    """
+    if layout.JOURNAL in tier.list(""):
+        raise ConfigError(
+            f"{tier.url} is the local folder of a run: what it holds may not be durable anywhere else. Nothing was "
+            "deleted. Prune the remote; or drain and prune both with spot agent --once --keep-local N."
+        )
+    number = incarnation.newest(tier)
+    runs.check_no_active_life(tier, now=now, undone="deleted", advice="its agent prunes by itself")
+    names = resume.names(tier)
+    manifests = dict(zip(names, in_parallel(lambda name: _manifest(tier, name), names), strict=True))
+    doomed = _superseded(tier, manifests, keep=keep, keep_every=keep_every)
+    if doomed:
+        _verify_newest(tier, manifests[names[0]], on_progress)
+    return PrunePlan(
+        doomed=tuple(Superseded(name, _size_bytes(manifests[name])) for name in doomed),
+        kept=tuple(name for name in names if name not in doomed),
+        incarnation=number,
+    )
+
+
+def execute(tier: Tier, found: PrunePlan) -> None:
+    """Delete what the plan names, each manifest before its files. Raises FencedError if a life began, TierError."""
+    for index, each in enumerate(found.doomed):
+        try:
+            if incarnation.newest(tier) != found.incarnation:
+                raise FencedError(
+                    f"a new life of this run began in {tier.url}: its agent prunes from here on. "
+                    + _so_far(found, index)
+                )
+            retention.delete_checkpoints(tier, [each.name])
+        except TierError as error:
+            raise type(error)(
+                f"{error.strerror or error}. {_so_far(found, index)} What is still listed is whole; run the same "
+                "command again. Files that lost their manifest go with the sweep of a later life."
+            ) from error
+
+
+def _so_far(found: PrunePlan, index: int) -> str:
+    freed = size(sum(each.size_bytes or 0 for each in found.doomed[:index]))
+    return f"{index} of {count(len(found.doomed), 'checkpoint')} deleted, {freed} freed."
+
+
+def _superseded(
+    tier: Tier, manifests: Mapping[CheckpointName, Manifest | None], *, keep: int, keep_every: int | None
+) -> list[CheckpointName]:
+    newest_first = sorted(manifests, reverse=True)
+    milestones = retention.milestones(newest_first, every=keep_every)
+    pinned = set()
+    for name in {*newest_first[:keep], *milestones}:
+        manifest = manifests[name]
+        if manifest is None:
+            raise CorruptCheckpointError(
+                f"the manifest of checkpoint {name} in {tier.url} is damaged, so what it refers to is not known. "
+                "Nothing was deleted. spot verify shows the damage, spot repair mends it from the other copy."
+            )
+        if manifest.pins is not None:
+            pinned.add(manifest.pins)
+    return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned | milestones)
+
+
+def _verify_newest(tier: Tier, newest: Manifest | None, on_progress: OnProgress) -> None:
+    assert newest is not None  # among those that stay, whose manifests were read
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, newest.total_bytes)
+
+    problems = resume.damaged_files(tier, newest, on_bytes)
+    if problems:
+        raise CorruptCheckpointError(
+            f"the newest checkpoint is damaged, older ones may be needed: {problems[0]}. Nothing was deleted. Mend it "
+            f"from the run's other copy first: spot repair {tier.url} --from URL."
+        )
+
+
+def _manifest(tier: Tier, name: CheckpointName) -> Manifest | None:
+    try:
+        return resume.read_manifest(tier, name)
+    except CorruptCheckpointError:
+        return None
+    except FileNotFoundError as error:
+        raise TierError(f"{name} vanished from {tier.url} while it was read; nothing was deleted") from error
+
+
+def _size_bytes(manifest: Manifest | None) -> int | None:
+    return None if manifest is None else manifest.total_bytes

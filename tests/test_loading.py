@@ -1,0 +1,72 @@
+"""Files of `torch.save` are loaded without running what they name."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spot_core.snapshot.loading import load_inert
+
+
+@dataclasses.dataclass
+class Settings:
+    """A hyper-parameter of a type of the user's own."""
+
+    corpus: Path
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_tensors_arrays_and_plain_values_come_back(tmp_path: Path) -> None:
+    tree = {
+        "weights": torch.arange(6.0).view(2, 3).bfloat16(),
+        "array": np.arange(3),
+        "scalar": np.float64(2.5),
+        "sets": {1, 2},
+        "ordered": collections.OrderedDict(a=1),
+        "counts": collections.defaultdict(list, {1: [2]}),
+    }
+    torch.save(tree, tmp_path / "a.pt")
+    loaded = load_inert(tmp_path / "a.pt", inert_keys=())
+    assert torch.equal(loaded["weights"], tree["weights"])
+    assert np.array_equal(loaded["array"], tree["array"])
+    assert {key: loaded[key] for key in ("scalar", "sets", "ordered", "counts")} == {
+        key: tree[key] for key in ("scalar", "sets", "ordered", "counts")
+    }
+
+
+def test_nothing_that_the_file_names_is_run(tmp_path: Path) -> None:
+    marker = tmp_path / "was here"
+    torch.save({"hyper": Evil(marker), "weights": torch.ones(2)}, tmp_path / "a.pt")
+    loaded = load_inert(tmp_path / "a.pt", inert_keys={"hyper"})
+    assert torch.equal(loaded["weights"], torch.ones(2))
+    assert not marker.exists()
+
+
+def test_other_types_are_left_out_where_they_are_not_needed_and_refused_elsewhere(tmp_path: Path) -> None:
+    torch.save({"hyper": {"settings": Settings(Path("a"))}, "w": torch.ones(1)}, tmp_path / "a.pt")
+    assert "w" in load_inert(tmp_path / "a.pt", inert_keys={"hyper"})
+    with pytest.raises(pickle.UnpicklingError, match=r"hyper\.settings is of type .*Settings"):
+        load_inert(tmp_path / "a.pt", inert_keys=())
+
+
+def test_types_that_the_user_trusts_are_loaded(tmp_path: Path) -> None:
+    torch.save({"callbacks": Settings("a")}, tmp_path / "a.pt")
+    with torch.serialization.safe_globals([Settings]):
+        assert load_inert(tmp_path / "a.pt", inert_keys=())["callbacks"] == Settings("a")
