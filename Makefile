@@ -15,6 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch uv
 	$(UV) -c constraints.txt -e '.[hf,lightning,s3,dev]'
+	# The oldest minor release of Lightning that is supported, next to the newest, for tests/lightning.
+	$(UV) --target $(VENV)/lightning-2.5 --no-deps lightning==2.5.6 pytorch-lightning==2.5.6
 	@touch $@
 
 demo: install

@@ -1,6 +1,6 @@
-"""The alternatives that `stall.py` compares this project with, and the calls that every way to checkpoint has.
+"""What `stall.py` compares this project with under any trainer, and the calls that every way to checkpoint has.
 
-Each stores the trained tensors and the optimizer's state of a live Trainer. `memcpy` stores nothing: it is how long
+Each stores the trained tensors and the optimizer's state of a live training. `memcpy` stores nothing: it is how long
 the bytes alone take when nothing overlaps.
 """
 
@@ -10,29 +10,45 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from transformers import Trainer
 
 from spot_core.snapshot.files import tensors_of
 
+if TYPE_CHECKING:
+    from stall_spot import SpotHooks
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A live training. step: how many optimizer steps were made. spot: this project's callback in it."""
+
+    trainer: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    spot: SpotHooks
+    step: Callable[[], int]
+
 
 class Saver:
-    """One way to checkpoint a live Trainer. `start` and `gate` are timed: they hold up the training thread.
+    """One way to checkpoint a live training. `start` and `gate` are timed: they hold up the training thread.
 
     elsewhere_s: seconds for which the last checkpoint held the training thread outside of both.
+    file_bytes: size of the last checkpoint's files.
     """
 
     name = ""
     elsewhere_s = 0.0
+    file_bytes = 0
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder / type(self).__name__
-        named = trainer.model.named_parameters()  # a walk of milliseconds, the same at every checkpoint
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.training, self.folder = training, folder / type(self).__name__
+        named = training.model.named_parameters()  # a walk of milliseconds, the same at every checkpoint
         self._trained = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
     def start(self) -> None:
@@ -44,6 +60,7 @@ class Saver:
 
     def settle(self) -> None:
         """Wait for what runs in the background and delete what was written; not timed."""
+        self.file_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -51,7 +68,7 @@ class Saver:
 
     def state(self) -> dict[str, Any]:
         """The live state to store: what the optimizer changes."""
-        return {"model": self._trained, "optimizer": self.trainer.optimizer.state_dict()}
+        return {"model": self._trained, "optimizer": self.training.optimizer.state_dict()}
 
 
 class DcpSaver(Saver):
@@ -60,8 +77,8 @@ class DcpSaver(Saver):
     name = "DCP async_save"
     stager: DefaultStager | None = None
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        super().__init__(trainer, folder)
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
         self._saved: Callable[[], object] | None = None
 
     def start(self) -> None:
@@ -80,26 +97,13 @@ class DcpReusingSaver(DcpSaver):
 
     name = "DCP async_save, stager reused"
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        super().__init__(trainer, folder)
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def close(self) -> None:
         assert self.stager is not None
         self.stager.close()
-
-
-class TrainerSaver(Saver):
-    """What the Trainer does at `save_steps`: model, optimizer, scheduler, random state; without fsync."""
-
-    name = "Trainer._save_checkpoint"
-
-    def start(self) -> None:
-        self.trainer._save_checkpoint(self.trainer.model, trial=None)
-
-    def settle(self) -> None:
-        for path in Path(self.trainer.args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(path)
 
 
 class TorchSaver(Saver):
@@ -120,8 +124,8 @@ class CopySaver(Saver):
 
     name = "memcpy"
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        super().__init__(trainer, folder)
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
         self._live = list(tensors_of(self.state()))
         self._host = [torch.zeros_like(tensor) for tensor in self._live]
 

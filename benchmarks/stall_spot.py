@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stall_savers import Saver
-from transformers import Trainer
+from stall_savers import Saver, Training
 
-from hf_spot import SpotCallback
+from spot_core.cadence.cadence import Cadence
+from spot_core.data.position import DataPosition
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
@@ -24,48 +24,53 @@ from spot_core.store.posix import PosixTier
 _SETTLE_TIMEOUT_S = 300.0
 
 
-class MeasuredSpotCallback(SpotCallback):
-    """The product's callback, which takes a checkpoint when told, and adds up the time spent in its hooks."""
+class SpotHooks:
+    """The product's callback under measurement: the time spent in its hooks, and when a checkpoint is due.
 
-    def __init__(self, remote: Path, local: Path) -> None:
-        super().__init__(str(remote), local=str(local))
-        self.manifests = PosixTier(remote)
+    The cadence goes on deciding at every boundary, as it does for users.
+    """
+
+    def __init__(self, remote: Path) -> None:
+        self._remote = PosixTier(remote)
+        self._cadence: Cadence | None = None
         self.held_s = 0.0
-        self.is_wanted = False
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_begin(*args, **kwargs)
-        self._hold_off()
-        # Not a hook, but ours: the random state recorded before each batch.
-        self._data._batch_begins = self._timed(self._data._batch_begins)  # type: ignore[method-assign]
+    def training_begins(self, cadence: Cadence, positions: list[DataPosition]) -> None:
+        """positions: of the loaders; recording the random state before each batch is no hook, but ours."""
+        self._cadence = cadence
+        self.hold_off()
+        for position in positions:
+            position._batch_begins = self.timed(position._batch_begins)  # type: ignore[method-assign]
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._timed(super().on_step_begin)(*args, **kwargs)
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, with the time that it takes added to `held_s`."""
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._timed(super().on_pre_optimizer_step)(*args, **kwargs)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._timed(super().on_step_end)(*args, **kwargs)
-
-    def _boundary(self, state: Any) -> None:
-        # A new best model is what makes the session take a checkpoint that is not due.
-        self._has_new_best, self.is_wanted = self.is_wanted, False
-        super()._boundary(state)
-        self._hold_off()
-
-    def _hold_off(self) -> None:
-        """The cadence goes on deciding at every step, as it does for users, and always finds nothing due."""
-        assert self._session is not None
-        self._session._cadence.taken(math.inf)
-
-    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
-        def timed(*args: Any, **kwargs: Any) -> None:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
-            call(*args, **kwargs)
-            self.held_s += time.perf_counter() - began
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.held_s += time.perf_counter() - began
 
         return timed
+
+    def demand(self) -> None:
+        """Have the next boundary find a checkpoint due."""
+        assert self._cadence is not None
+        self._cadence.taken(-math.inf)
+
+    def hold_off(self) -> None:
+        """Have every boundary find nothing due."""
+        assert self._cadence is not None
+        self._cadence.taken(math.inf)
+
+    def durable(self, step: int) -> Manifest | None:
+        """The manifest of the checkpoint taken at `step`, once it is on the remote."""
+        for entry in self._remote.list(layout.MANIFESTS):
+            name = layout.committed(entry)
+            if name is not None and name.step == step:
+                return Manifest.from_json(self._remote.read(layout.manifest(name)), name=name)
+        return None
 
 
 class SpotSaver(Saver):
@@ -73,27 +78,25 @@ class SpotSaver(Saver):
 
     name = "SpotCallback"
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        super().__init__(trainer, folder)
-        callbacks = trainer.callback_handler.callbacks
-        self._callback = next(found for found in callbacks if isinstance(found, MeasuredSpotCallback))
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
+        self._hooks = training.spot
         self._before_s = 0.0
         self._step = 0
 
     def start(self) -> None:
-        self._before_s, self._step = self._callback.held_s, self.trainer.state.global_step
-        self._callback.is_wanted = True
+        self._before_s, self._step = self._hooks.held_s, self.training.step()
+        self._hooks.demand()
 
     def settle(self) -> None:
-        self.elsewhere_s = self._callback.held_s - self._before_s
+        self.elsewhere_s = self._hooks.held_s - self._before_s
+        self._hooks.hold_off()
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
-        while not any(entry.endswith(f"-{self._step:012d}.json") for entry in self._committed()):
+        while (manifest := self._hooks.durable(self._step)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the checkpoint of step {self._step} did not become durable")
             time.sleep(0.02)
-
-    def _committed(self) -> list[str]:
-        return self._callback.manifests.list(layout.MANIFESTS)
+        self.file_bytes = manifest.total_bytes
 
 
 class SpotIdle(SpotSaver):
@@ -102,10 +105,10 @@ class SpotIdle(SpotSaver):
     name = "SpotCallback, no checkpoint"
 
     def start(self) -> None:
-        self._before_s = self._callback.held_s
+        self._before_s = self._hooks.held_s
 
     def settle(self) -> None:
-        self.elsewhere_s = self._callback.held_s - self._before_s
+        self.elsewhere_s = self._hooks.held_s - self._before_s
 
 
 class CoreSaver(Saver):
@@ -113,8 +116,8 @@ class CoreSaver(Saver):
 
     name = "spot_core"
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        super().__init__(trainer, folder)
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
         self._tier = PosixTier(self.folder)
         self._snapshotter = Snapshotter(torch.device("cpu"))
         self._writer = CheckpointWriter(self._tier, self._snapshotter, number=1)
@@ -148,7 +151,7 @@ class CoreSaver(Saver):
     def _manifest(self) -> Manifest:
         return Manifest(
             run="benchmark",
-            name=CheckpointName(1, self.trainer.state.global_step),
+            name=CheckpointName(1, self.training.step()),
             epoch=0.0,
             useful_s=0.0,
             created=time.time(),

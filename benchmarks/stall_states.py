@@ -1,4 +1,4 @@
-"""The trainings whose checkpoints are measured: an ordinary `transformers.Trainer`, random weights and random tokens.
+"""The models whose checkpoints are measured, with random weights, and random tokens to train them on.
 
 `lora` has the 224 pairs of adapter matrices that LoRA on every linear layer of a 7-8B Llama has (32 layers, rank 16);
 the base is narrower, so that the CPU gets through a forward and backward in about a second. `full` trains every
@@ -8,13 +8,13 @@ parameter of a small Llama. Adam's moments are fp32 in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
+LEARNING_RATE = 1e-4
 _VOCABULARY = 512
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -39,11 +39,11 @@ SHAPES = {
 
 
 class RandomTokens(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of random tokens, the same at every call."""
+    """Blocks of random tokens, the same at every call, for twice `steps` steps: training stays in its first epoch."""
 
-    def __init__(self, count: int, tokens: int) -> None:
+    def __init__(self, shape: Shape, *, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._ids = torch.randint(_VOCABULARY, (count, tokens), generator=generator)
+        self._ids = torch.randint(_VOCABULARY, (2 * steps * shape.batch, shape.tokens), generator=generator)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -52,25 +52,9 @@ class RandomTokens(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self._ids[index], "labels": self._ids[index]}
 
 
-def make_trainer(shape: Shape, folder: Path, *, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
-    """A Trainer for `steps` steps of one epoch that neither logs nor saves by itself."""
+def make_model(shape: Shape) -> torch.nn.Module:
+    """The Llama, the same at every call, with adapters where `shape` has a rank."""
     torch.manual_seed(0)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=shape.batch,
-        learning_rate=1e-4,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    blocks = RandomTokens(2 * steps * shape.batch, shape.tokens)
-    return Trainer(model=_model(shape), args=arguments, train_dataset=blocks, callbacks=callbacks)
-
-
-def _model(shape: Shape) -> PreTrainedModel:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=_VOCABULARY,
