@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Tests and kills are real processes: one worker a core.
 WORKERS ?= auto
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-deep lint bench clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The durability tests again with many more histories, kills and damaged files: some tens of minutes.
+test-deep: install
+	SPOT_TEST_DEEP=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/durability
 
 lint: install
 	$(BIN)/ruff check .
