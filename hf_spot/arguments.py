@@ -28,6 +28,9 @@ class SpotArguments:
     )
     spot_grace_s: float = field(default=25.0, metadata={"help": "Seconds between SIGTERM and the kill"})
     spot_preempt_exit_code: int = field(default=75, metadata={"help": "Exit code of a preempted run"})
+    spot_signing_key_file: str | None = field(
+        default=None, metadata={"help": "File with the keys that sign this run's manifests, one a line, newest first"}
+    )
 
     def callbacks(self) -> list[TrainerCallback]:
         """What to pass as `Trainer(callbacks=…)`: the callback if a remote is set here or in SPOT_REMOTE."""
@@ -43,5 +46,6 @@ class SpotArguments:
                 keep_every=self.spot_keep_every,
                 grace_s=self.spot_grace_s,
                 preempt_exit_code=self.spot_preempt_exit_code,
+                signing_key_file=self.spot_signing_key_file,
             )
         ]

@@ -38,6 +38,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     keep_local, keep_remote: newest checkpoints kept on each tier. keep_every: on the remote, the first one at or
         after each multiple of so many steps stays for good. grace_s: seconds from SIGTERM to the kill.
     preempt_exit_code: how a preempted run exits. storage_options: for the remote's fsspec file system.
+    signing_key_file: keys that sign this run's manifests, one a line; or SPOT_SIGNING_KEY.
 
     `train(resume_from_checkpoint=False)` starts afresh, an explicit path wins over what is stored.
     Every option can be set by the environment, SPOT_<OPTION>, which wins. Raises ConfigError on a bad option.
@@ -57,6 +58,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         start_timeout_s: float = 60.0,
         drain_timeout_s: float = 600.0,
         storage_options: Mapping[str, Any] | None = None,
+        signing_key_file: str | None = None,
     ) -> None:
         self._options = {
             "remote": remote,
@@ -70,6 +72,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             "start_timeout_s": start_timeout_s,
             "drain_timeout_s": drain_timeout_s,
             "storage_options": storage_options,
+            "signing_key_file": signing_key_file,
         }
         self.config(output_dir=".")  # a bad option is an error here, not hours later
         self._session: Session | None = None

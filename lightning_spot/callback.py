@@ -40,6 +40,7 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         start_timeout_s: Seconds for which an unreachable remote is tried at start.
         drain_timeout_s: Seconds for which the end of training waits for the remote.
         storage_options: For the remote's fsspec file system.
+        signing_key_file: Keys that sign this run's manifests, one a line; or SPOT_SIGNING_KEY.
         trainable_only: Leave frozen weights out of the checkpoints; the base must be the same at each start.
     """
 
@@ -58,6 +59,7 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         start_timeout_s: float = 60.0,
         drain_timeout_s: float = 600.0,
         storage_options: Mapping[str, Any] | None = None,
+        signing_key_file: str | None = None,
         trainable_only: bool = True,
     ) -> None:
         self._options = {
@@ -73,6 +75,7 @@ class SpotCallback(_Callback):  # type: ignore[misc]
             "start_timeout_s": start_timeout_s,
             "drain_timeout_s": drain_timeout_s,
             "storage_options": storage_options,
+            "signing_key_file": signing_key_file,
             "trainable_only": trainable_only,
         }
         self.is_from_environment = False  # added by the entry point, not by the script

@@ -1,8 +1,8 @@
 """Configuration: one frozen value, checked field by field when it is made.
 
 Precedence of every field: environment (`SPOT_<FIELD>`), then the argument, then the default. `resolve` applies
-it, so adapters never read the environment themselves. Storage options are the exception: the argument wins over
-the JSON object in `SPOT_STORAGE_OPTIONS`.
+it, so adapters never read the environment themselves. Secrets are the exception: of storage options the argument
+wins over the JSON object in `SPOT_STORAGE_OPTIONS`; signing keys come from `SPOT_SIGNING_KEY` or from a file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +23,12 @@ from spot_core.errors import ConfigError
 
 ENV_PREFIX = "SPOT_"
 STORAGE_OPTIONS = "SPOT_STORAGE_OPTIONS"
+SIGNING_KEY = "SPOT_SIGNING_KEY"
+# Set by no variable of their own name: they hold secrets.
+_SECRETS = frozenset({"storage_options", "signing_keys"})
+
+_SHORTEST_KEY_BYTES = 16
+_LONGEST_KEY_FILE_BYTES = 64 << 10
 
 # Instance-store mounts of the images people rent, in the order tried.
 NVME_MOUNTS = (
@@ -53,6 +61,9 @@ class SpotConfig:
     trainable_only: leave frozen weights out of the checkpoints, where the trainer's format does not decide (Lightning).
     storage_options: passed to the remote's fsspec filesystem; may hold secrets, never logged or stored. Its
         variable holds a JSON object and counts only where the argument is not given.
+    signing_key_file: file of the keys that this run's manifests are signed with, one a line: the first one signs, any
+        of them verifies. None: the keys in `SPOT_SIGNING_KEY`, or no signatures.
+    signing_keys: the keys themselves, read from that file or by `resolve` from that variable; never logged or stored.
     """
 
     remote: str
@@ -68,6 +79,8 @@ class SpotConfig:
     drain_timeout_s: float = 600.0
     trainable_only: bool = True
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    signing_key_file: str | None = None
+    signing_keys: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         _check(isinstance(self.remote, str) and bool(self.remote.strip()), "remote", self.remote, "a URL or a path")
@@ -104,6 +117,13 @@ class SpotConfig:
         for name in ("resume", "trainable_only"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
+        _check_keys(self.signing_keys, "signing_keys", "…")
+        if self.signing_key_file is not None and not self.signing_keys:
+            object.__setattr__(self, "signing_keys", _read_keys(self.signing_key_file))
+
+    def __repr__(self) -> str:
+        told = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr)
+        return shown(f"SpotConfig({', '.join(f'{name}={value!r}' for name, value in told)})")
 
     def _check_local(self) -> None:
         if self.local is None:
@@ -121,12 +141,7 @@ class SpotConfig:
     @property
     def run(self) -> str:
         """Name of the run: the last component of `remote`."""
-        _, _, path = self.remote.rpartition("://")
-        parts = [part for part in path.split("/") if part and part != "."]
-        # The first component of an object store URL is the bucket, never the run.
-        is_path = "://" not in self.remote or self.remote.startswith(("file://", "local://"))
-        is_bucket_only = not is_path and len(parts) < 2
-        return "" if is_bucket_only or not parts else parts[-1]
+        return run_name(self.remote)
 
     @classmethod
     def resolve(
@@ -149,6 +164,8 @@ class SpotConfig:
                 merged[name] = _parse(name, text, hints[name])
         if "storage_options" not in merged:
             merged["storage_options"] = storage_options_from(environ)
+        if "signing_keys" not in merged:
+            merged["signing_keys"] = signing_keys_from(environ, merged.get("signing_key_file"))
         if "remote" not in merged:
             raise ConfigError('no remote: pass remote="s3://bucket/my-run" (any fsspec URL or path) or set SPOT_REMOTE')
         merged["remote"] = absolute_url(str(merged["remote"]))
@@ -157,8 +174,8 @@ class SpotConfig:
 
 
 def option_names() -> list[str]:
-    """Fields that an environment variable sets over the argument: all but storage_options."""
-    return [f.name for f in dataclasses.fields(SpotConfig) if f.name != "storage_options"]
+    """Fields that an environment variable sets over the argument: all but those that hold secrets."""
+    return [f.name for f in dataclasses.fields(SpotConfig) if f.name not in _SECRETS]
 
 
 def storage_options_from(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -176,6 +193,58 @@ def storage_options_from(environ: Mapping[str, str]) -> dict[str, Any]:
             f'{STORAGE_OPTIONS} is not valid: it must be a JSON object, such as {{"key": "…", "secret": "…"}}'
         )
     return options
+
+
+def signing_keys_from(environ: Mapping[str, str], file: str | None) -> tuple[str, ...]:
+    """The keys of a file or of `SPOT_SIGNING_KEY`, one a line; empty if neither is given.
+
+    Raises ConfigError, which never repeats a key: both are given, the variable is empty, a key is too short.
+    """
+    text = environ.get(SIGNING_KEY)
+    if text is None:
+        return _read_keys(file) if file is not None else ()
+    if file is not None:
+        raise ConfigError(
+            f"{SIGNING_KEY} and signing_key_file={file!r} are both given: which of them signs? Keep one. To change "
+            "the key write the new one and the old one to one file, the new one first"
+        )
+    keys = _lines(text)
+    # An empty one is a secret that did not arrive, and must not turn signatures off.
+    _check_keys(keys, SIGNING_KEY, "…", least=1)
+    return keys
+
+
+def describe_key_file(file: str | None) -> str | None:
+    """What a user should know about who can read the key file, None if nothing."""
+    try:
+        mode = Path(file).expanduser().stat().st_mode if file is not None else 0
+    except OSError:
+        return None
+    if not mode & (stat.S_IRGRP | stat.S_IROTH):
+        return None
+    return (
+        f"the signing key file {file} can be read by other users of this machine (mode {stat.S_IMODE(mode):04o}): "
+        "who reads it can sign. chmod 600 it"
+    )
+
+
+def run_name(url: str) -> str:
+    """Name of the run at `url`: its last component; empty if there is none but a bucket."""
+    _, _, path = url.rpartition("://")
+    parts = [part for part in path.split("/") if part and part != "."]
+    # The first component of an object store URL is the bucket, never the run.
+    is_path = "://" not in url or url.startswith(("file://", "local://"))
+    is_bucket_only = not is_path and len(parts) < 2
+    return "" if is_bucket_only or not parts else parts[-1]
+
+
+def shown(text: str) -> str:
+    """A URL, or a text with URLs, without the passwords in them: for logs, errors and records."""
+    return _PASSWORD.sub("://…@", text)
+
+
+# `user:password@` before the host. `container@account` of Azure has no colon, and stays.
+_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
 
 
 def absolute_url(url: str) -> str:
@@ -208,9 +277,36 @@ def _is_plain(options: object) -> bool:
         return False
 
 
+def _read_keys(file: object) -> tuple[str, ...]:
+    allowed = f"a readable file with one key of {_SHORTEST_KEY_BYTES} bytes or more a line"
+    _check(isinstance(file, (str, Path)) and bool(str(file)), "signing_key_file", file, allowed)
+    try:
+        with open(Path(str(file)).expanduser(), "rb") as opened:
+            data = opened.read(_LONGEST_KEY_FILE_BYTES + 1)
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"signing_key_file={file!r} is not valid: it must be {allowed} ({reason})") from None
+    _check(len(data) <= _LONGEST_KEY_FILE_BYTES, "signing_key_file", file, f"{allowed}, and below 64 KiB")
+    keys = _lines(text)
+    _check_keys(keys, "signing_key_file", file, least=1)
+    return keys
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.splitlines())))
+
+
+def _check_keys(keys: object, name: str, value: object, *, least: int = 0) -> None:
+    allowed = f"keys of {_SHORTEST_KEY_BYTES} bytes or more, one a line, such as openssl rand -hex 32 prints"
+    is_plain = isinstance(keys, tuple) and all(isinstance(key, str) for key in keys)
+    _check(is_plain and all(len(key.encode()) >= _SHORTEST_KEY_BYTES for key in keys), name, value, allowed)  # type: ignore[attr-defined]
+    _check(len(keys) >= least, name, value, f"{allowed}: there is none")  # type: ignore[arg-type]
+
+
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={value!r} is not valid: it must be {allowed}")
+        raise ConfigError(shown(f"{name}={value!r} is not valid: it must be {allowed}"))
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:

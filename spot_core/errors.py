@@ -8,11 +8,14 @@ SpotError
 ├── CommitUnknownError       the outcome of a write is unknown; read it back before judging
 ├── FencedError              a newer life of this run exists; stop, write nothing
 ├── CorruptCheckpointError   what is stored is not what was committed; try the older one
+│   └── NewerFormatError     a newer release committed it; try the older one, change nothing about it
 ├── DeadlineError            the grace period is too short for what was asked
 └── AgentError               the agent process could not be started or died during start
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class SpotError(Exception):
@@ -47,9 +50,25 @@ class CorruptCheckpointError(SpotError):
     """Stored bytes do not match the manifest, or no stored checkpoint is valid."""
 
 
+class NewerFormatError(CorruptCheckpointError):
+    """A manifest of a newer format version: this release cannot tell what was committed, so it must not touch it."""
+
+
 class DeadlineError(SpotError):
     """The time left is shorter than what the operation needs."""
 
 
 class AgentError(SpotError):
     """The agent process could not be started, or ended before the run was opened."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk or a quota without room is what led to `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

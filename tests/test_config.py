@@ -10,16 +10,39 @@ import numpy as np
 import pytest
 
 from spot_core import config as configuration
-from spot_core.config import SpotConfig, option_names
+from spot_core.config import SpotConfig, describe_key_file, option_names, shown
 from spot_core.errors import ConfigError, SpotError
 
 REMOTE = "s3://bucket/my-run"
+KEY = "0123456789abcdef"
+
+
+# Files in the working folder of each test.
+KEY_FILES: dict[str, bytes] = {
+    "one.key": KEY.encode(),
+    "same.key": KEY.encode(),
+    "rotated.key": f"{KEY}-new\n\n  {KEY}-old  \r\n".encode(),
+    "empty.key": b"",
+    "blank.key": b" \n\n",
+    "short.key": b"short-key",
+    "one-short.key": f"{KEY}\nshort-key\n".encode(),
+    "no-text.key": b"\xff" * 40,
+    "huge.key": KEY.encode() * 5000,
+}
 
 
 @pytest.fixture(autouse=True)
 def without_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine that runs the tests may have an instance store."""
     monkeypatch.setattr(configuration, "NVME_MOUNTS", ())
+
+
+@pytest.fixture(autouse=True)
+def key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in KEY_FILES.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o600)
+    monkeypatch.chdir(tmp_path)
 
 
 def resolve(environ: dict[str, str] | None = None, /, **options: Any) -> SpotConfig:
@@ -42,6 +65,19 @@ BAD: dict[str, list[Any]] = {
     "drain_timeout_s": [0, -1.0, float("nan"), "600", None],
     "trainable_only": [None, "true", 0],
     "storage_options": [None, "key=1", [("key", 1)], {"session": object()}, {"key": {1, 2}}, {7: "not text"}],
+    "signing_key_file": [
+        "",
+        7,
+        "/no/such/file",
+        ".",
+        "empty.key",
+        "blank.key",
+        "short.key",
+        "one-short.key",
+        "no-text.key",
+        "huge.key",
+    ],
+    "signing_keys": [None, KEY, [KEY], (KEY[:-1],), (KEY, ""), (KEY.encode(),)],
 }
 GOOD: dict[str, list[Any]] = {
     "remote": [REMOTE, "gs://bucket/a/run/", "/data/run", "run", "./run", "file:///data/run", "az://container/run"],
@@ -57,6 +93,8 @@ GOOD: dict[str, list[Any]] = {
     "drain_timeout_s": [0.1, float("inf")],
     "trainable_only": [True, False],
     "storage_options": [{}, {"key": "k", "client_kwargs": {"region_name": "eu-west-1"}, "anon": False, "n": [1]}],
+    "signing_key_file": [None, "one.key"],
+    "signing_keys": [(), (KEY,), (KEY, "a second key of enough bytes")],
 }
 
 
@@ -68,7 +106,7 @@ def test_no_field_is_left_out_of_these_tests() -> None:
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}=.* is not valid: it must be ") as caught:
         SpotConfig(**{"remote": REMOTE, name: value})
-    if name != "storage_options":
+    if name not in {"storage_options", "signing_keys"}:
         assert repr(value) in str(caught.value)
 
 
@@ -160,6 +198,7 @@ FROM_ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "start_timeout_s": ("5", 5.0),
     "drain_timeout_s": ("1e3", 1000.0),
     "trainable_only": ("false", False),
+    "signing_key_file": ("one.key", "one.key"),
 }
 ARGUMENTS: dict[str, Any] = {
     "remote": REMOTE,
@@ -174,6 +213,7 @@ ARGUMENTS: dict[str, Any] = {
     "start_timeout_s": 1.0,
     "drain_timeout_s": 1.0,
     "trainable_only": True,
+    "signing_key_file": "same.key",
 }
 
 
@@ -252,6 +292,78 @@ def test_storage_options_that_are_no_json_object_are_refused_without_showing_the
     with pytest.raises(ConfigError, match="SPOT_STORAGE_OPTIONS") as caught:
         resolve({"SPOT_STORAGE_OPTIONS": text}, remote=REMOTE)
     assert "hidden-value" not in str(caught.value)
+
+
+# -- signing keys ----------------------------------------------------------------------------------------------
+
+
+def test_the_key_comes_from_its_variable() -> None:
+    assert resolve({"SPOT_SIGNING_KEY": f" {KEY}\n"}, remote=REMOTE).signing_keys == (KEY,)
+    assert resolve({}, remote=REMOTE).signing_keys == ()
+
+
+def test_a_key_file_holds_one_key_a_line_and_the_first_one_signs() -> None:
+    keys = (f"{KEY}-new", f"{KEY}-old")
+    assert resolve(remote=REMOTE, signing_key_file="rotated.key").signing_keys == keys
+    assert SpotConfig(remote=REMOTE, signing_key_file="rotated.key").signing_keys == keys
+
+
+def test_a_variable_that_is_set_but_empty_does_not_turn_signatures_off() -> None:
+    """A secret that did not arrive in the container."""
+    for text in ("", "  ", "\n"):
+        with pytest.raises(ConfigError, match=r"^SPOT_SIGNING_KEY='…' is not valid"):
+            resolve({"SPOT_SIGNING_KEY": text}, remote=REMOTE)
+
+
+def test_a_key_in_two_places_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"both given.*Keep one"):
+        resolve({"SPOT_SIGNING_KEY": KEY}, remote=REMOTE, signing_key_file="one.key")
+
+
+def test_a_key_is_never_shown() -> None:
+    config = resolve({"SPOT_SIGNING_KEY": KEY}, remote=REMOTE)
+    assert KEY not in repr(config) and KEY[:-1] not in repr(config)
+    for environ in ({"SPOT_SIGNING_KEY": "short-key"}, {"SPOT_SIGNING_KEY": f"{KEY}\nshort-key"}):
+        with pytest.raises(ConfigError) as caught:
+            resolve(environ, remote=REMOTE)
+        assert "short-key" not in str(caught.value) and KEY not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        resolve(remote=REMOTE, signing_key_file="one-short.key")
+    assert "short-key" not in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_key_file_that_others_can_read_is_told() -> None:
+    assert describe_key_file("one.key") is None and describe_key_file(None) is None
+    Path("one.key").chmod(0o640)
+    assert "chmod 600" in str(describe_key_file("one.key"))
+
+
+# -- what is shown of a URL ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        ("sftp://user:pass@host/run", "sftp://…@host/run"),
+        ("sftp://user:p@ss:w@host:22/run", "sftp://…@host:22/run"),
+        ("cannot read http://:pass@host/a and ftp://u:p@b/c", "cannot read http://…@host/a and ftp://…@b/c"),
+        ("abfs://container@account.dfs.core.windows.net/run", "abfs://container@account.dfs.core.windows.net/run"),
+        ("s3://bucket/run@2:3", "s3://bucket/run@2:3"),
+        ("http://127.0.0.1:9000/bucket/a@b", "http://127.0.0.1:9000/bucket/a@b"),
+    ],
+)
+def test_a_password_in_a_url_is_not_shown(url: str, seen: str) -> None:
+    assert shown(url) == seen
+
+
+def test_a_refused_url_is_shown_without_its_password() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(remote="sftp://user:hidden-value@host")
+    assert "hidden-value" not in str(caught.value)
+
+
+def test_a_password_in_the_remote_is_not_in_the_text_of_a_configuration() -> None:
+    assert "hidden-value" not in repr(resolve(remote="sftp://user:hidden-value@host/team/run"))
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

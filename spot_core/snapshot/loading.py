@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import _weights_only_unpickler as torch_list
 
+from spot_core.errors import CorruptCheckpointError
+
 _PLAIN = {f"collections.{kind.__name__}": kind for kind in (collections.defaultdict, collections.deque)} | {
     f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, frozenset, int, float, str)
 }
@@ -32,6 +34,9 @@ class Inert:
 
     def _take(self, *args: Any) -> None:
         pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return type(self)()
 
     __setstate__ = __setitem__ = append = extend = add = update = _take
 
@@ -57,10 +62,26 @@ class _Unpickler(pickle.Unpickler):
 def load_inert(path: Path, *, inert_keys: Collection[str]) -> dict[str, Any]:
     """The file's content, a dictionary, on the CPU. inert_keys: where objects of other types are left out.
 
-    Raises pickle.UnpicklingError, naming it and its place, for such an object anywhere else.
+    Raises pickle.UnpicklingError, naming it and its place, for such an object anywhere else, and for TorchScript;
+    CorruptCheckpointError for what is no zip archive of torch.save with a dictionary in it.
     """
     harmless = SimpleNamespace(__name__=__name__, Unpickler=_Unpickler, UnpicklingError=pickle.UnpicklingError)
-    tree: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=harmless)
+    try:
+        is_script = "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+        tree: dict[str, Any] = (
+            torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=harmless)
+            if not is_script
+            else {}
+        )
+        if not isinstance(tree, dict):
+            raise TypeError(f"it holds a {type(tree).__name__}, no dictionary")
+    except Exception as error:
+        # Torch and pickle raise anything at what they do not expect.
+        raise CorruptCheckpointError(
+            f"{path.name} was not written by torch.save, or changed since: {error!r:.300}. Nothing was loaded"
+        ) from error
+    if is_script:
+        raise pickle.UnpicklingError(f"{path.name} is a TorchScript archive, which holds code; nothing was loaded")
     for key, value in tree.items():
         if key in inert_keys:
             continue

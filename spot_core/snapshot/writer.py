@@ -2,7 +2,8 @@
 
 Each byte is digested while it is hot, on its way to the file. A failure never reaches the training thread as an
 exception: it is logged once per cause, counted and reported through `on_done`; the next checkpoint tries again.
-A folder that is removed under a write costs a second attempt, since the snapshot is still in memory.
+A folder that is removed under a write, or a disk that refuses it, costs a second attempt, since the snapshot is still
+in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from spot_core.errors import FencedError, SpotError
+from spot_core.errors import FencedError, SpotError, TierError, is_full
 from spot_core.snapshot.capture import Snapshot, Snapshotter
 from spot_core.snapshot.files import (
     NativeFile,
@@ -38,13 +39,13 @@ from spot_core.store.posix import PosixTier, write_all
 
 logger = logging.getLogger(__name__)
 
-# Called before each commit with the manifest to be and about how many bytes come; raises if they must not be written.
-Prepare = Callable[[Manifest, int], None]
+# Called before each attempt with the manifest to be, about how many bytes come, and the failure if the disk refused an
+# attempt before; returns where they have room, raises if they must not be written.
+Prepare = Callable[[Manifest, int, OSError | None], PosixTier]
 
 _CHUNK_BYTES = 4 << 20
 # A cause that is overcome and comes back is told again after this long.
 _TELL_AGAIN_S = 600.0
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ESTALE}
 
 
@@ -70,15 +71,17 @@ class CheckpointWriter:
     """Commits snapshots of one incarnation to the local tier."""
 
     def __init__(
-        self, tier: PosixTier, snapshotter: Snapshotter, *, number: int, prepare: Prepare = lambda *_: None
+        self, tier: PosixTier, snapshotter: Snapshotter, *, number: int, prepare: Prepare | None = None
     ) -> None:
-        self._tier, self._snapshotter, self._number, self._prepare = tier, snapshotter, number, prepare
+        self._tier, self._snapshotter, self._number = tier, snapshotter, number
+        self._prepare = prepare or self._stay
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="spot-writer")
         self._current: Future[None] | None = None
         self._is_first = True
         self._last_bytes = 0
         self._told_at: dict[str, float] = {}
         self._failed_in_a_row = 0
+        self._is_told = False
         self.failures = 0
 
     @property
@@ -112,6 +115,9 @@ class CheckpointWriter:
             except (FileNotFoundError, NotADirectoryError) as error:
                 logger.debug("%s was removed while it was written, once more: %s", manifest.name, error)
                 manifest = self._commit(files, manifest)
+            except _DiskRefusedError as error:
+                logger.debug("the disk refused %s, once more: %s", manifest.name, error)
+                manifest = self._commit(files, manifest, error.failure)
             written = Written(manifest, time.perf_counter() - began)
             self._succeeded()
         except Exception as error:
@@ -121,28 +127,50 @@ class CheckpointWriter:
             snapshot.written.set()
         on_done(written)
 
-    def _commit(self, files: list[NativeFile], manifest: Manifest) -> Manifest:
+    def _commit(self, files: list[NativeFile], manifest: Manifest, failure: OSError | None = None) -> Manifest:
         # What was written last also counts what tensors do not: headers, the trainer's own records.
-        self._prepare(manifest, max(self._last_bytes, sum(map(tensor_bytes, files))))
-        staged = self._tier.stage(manifest.name)
+        tier = self._prepare(manifest, max(self._last_bytes, sum(map(tensor_bytes, files))), failure)
+        try:
+            return self._commit_to(tier, files, manifest)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if failure is None and tier is self._tier:
+                raise _DiskRefusedError(error) from error
+            raise
+
+    def _commit_to(self, tier: PosixTier, files: list[NativeFile], manifest: Manifest) -> Manifest:
+        staged = tier.stage(manifest.name)
         try:
             manifest = replace(manifest, files=tuple(self._write_file(staged, file) for file in files))
             if self._is_first:
                 _load_back(staged, files)
                 self._is_first = False
-            incarnation.check_fence(self._tier, self._number)
+            self._check_fence(tier)
             _check_whole(staged, manifest)
-            self._tier.commit(staged, manifest)
+            tier.commit(staged, manifest)
         except Exception:
             shutil.rmtree(staged, ignore_errors=True)
             raise
         self._last_bytes = manifest.total_bytes
         return manifest
 
+    def _stay(self, manifest: Manifest, expected_bytes: int, failure: OSError | None) -> PosixTier:
+        if failure is not None:
+            raise failure
+        return self._tier
+
+    def _check_fence(self, tier: PosixTier) -> None:
+        try:
+            incarnation.check_fence(self._tier, self._number)
+        except TierError:
+            if tier is self._tier:
+                raise  # elsewhere it may be the very reason for it; the agent looks at the remote's fence
+
     def _succeeded(self) -> None:
-        if self._failed_in_a_row:
+        if self._is_told:
             logger.info("checkpoints are written again, after %d that were not", self._failed_in_a_row)
-            self._failed_in_a_row = 0
+        self._failed_in_a_row, self._is_told = 0, False
         forget_before = time.monotonic() - _TELL_AGAIN_S
         self._told_at = {cause: told_at for cause, told_at in self._told_at.items() if told_at > forget_before}
 
@@ -155,6 +183,7 @@ class CheckpointWriter:
         cause = _cause(error)
         if cause not in self._told_at:
             self._told_at[cause] = time.monotonic()
+            self._is_told = True
             logger.error(
                 "%s; training goes on, nothing that was committed was touched, the next one is tried as usual%s",
                 written.failure,
@@ -178,6 +207,14 @@ class CheckpointWriter:
             else:
                 target.write(file.content())
         return FileRecord(file.path, target.size, target.hexdigest())
+
+
+class _DiskRefusedError(Exception):
+    """The local disk took only a part. failure: of the write."""
+
+    def __init__(self, failure: OSError) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 class DigestingFile:
@@ -229,7 +266,7 @@ def _cause(error: Exception | None) -> str:
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         return type(error).__name__
-    return "full" if number in _FULL else "gone" if number in _GONE else str(number)
+    return "full" if is_full(error) else "gone" if number in _GONE else str(number)
 
 
 def _check_whole(staged: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from spot_core.errors import CommitConflictError, ConfigError, CorruptCheckpoint
 from spot_core.store import layout
 from spot_core.store.manifest import FORMAT_VERSION
 from spot_core.store.tier import Tier
+
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +37,34 @@ def read_run(tier: Tier) -> dict[str, Any] | None:
         return None
     try:
         body = json.loads(data)
-        if body["format_version"] != FORMAT_VERSION:
+        version = body["format_version"]
+        if type(version) is int and version > FORMAT_VERSION:
             raise CorruptCheckpointError(
-                f"{tier.url} was written by format version {body['format_version']}, this release reads "
-                f"{FORMAT_VERSION}: upgrade spot-callbacks; nothing was changed"
+                f"{tier.url} was written by format version {version}, this release reads {FORMAT_VERSION}: upgrade "
+                "spot-callbacks; nothing was changed"
             )
-        return {
-            "run_id": str(body["run_id"]),
-            "framework": str(body["framework"]),
-            "facts": dict(body["facts"]),
-            "created": body.get("created"),
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpointError(f"{tier.url}/{layout.RUN} is damaged: {error!r}") from error
+        return _checked(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        reason = repr(error)[:_LONGEST_REASON]  # it may repeat what is absurdly long
+        raise CorruptCheckpointError(f"{tier.url}/{layout.RUN} is damaged: {reason}") from error
+
+
+def _checked(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What is used of run.json. Raises KeyError, TypeError or ValueError."""
+    facts, created = dict(body["facts"]), body.get("created")
+    if not (
+        body["format_version"] == FORMAT_VERSION
+        and isinstance(body["run_id"], str)
+        and isinstance(body["framework"], str)
+        and all(isinstance(value, str) or _is_number(value) for value in facts.values())
+        and (created is None or _is_number(created))
+    ):
+        raise ValueError("a field has the wrong type, or a value that none can have")
+    return {"run_id": body["run_id"], "framework": body["framework"], "facts": facts, "created": created}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def check_identity(stored: Mapping[str, Any] | None, now: RunIdentity, where: str) -> None:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from spot_core.errors import CommitConflictError, FencedError, TierError
+from spot_core.errors import CommitConflictError, ConfigError, FencedError, TierError
 from spot_core.store import layout
 from spot_core.store.tier import ObjectStore, Tier
 
@@ -36,6 +36,11 @@ def claim(local: Tier, remote: Tier, started: float, *, wait: Callable[[float], 
     looked = time.monotonic()
     number = max(newest(remote), newest(local)) + 1
     while True:
+        if number > layout.LAST_INCARNATION:
+            raise ConfigError(
+                f"{remote.url}/{layout.incarnation(layout.LAST_INCARNATION)} is the last life a run can have, and not "
+                "by training: somebody else wrote it. Nothing was written. Remove it, or give the run another name."
+            )
         body = {
             "incarnation": number,
             "host": platform.node(),

@@ -25,7 +25,8 @@ JOURNAL = "journal"
 DAMAGED = "damaged"
 
 _COMPLETE = ".complete.json"
-_NAME = re.compile(r"(\d{6})-(\d{12})")
+_NAME = re.compile(r"([0-9]{6})-([0-9]{12})")
+LAST_INCARNATION = 999_999
 
 
 class CheckpointName(NamedTuple):
@@ -77,4 +78,4 @@ def life(number: int) -> str:
 def numbered(entry: str) -> int | None:
     """The number of `000003.json`, or None if `entry` is something else."""
     stem, dot, suffix = entry.partition(".")
-    return int(stem) if dot and suffix == "json" and len(stem) == 6 and stem.isdigit() else None
+    return int(stem) if dot and suffix == "json" and re.fullmatch("[0-9]{6}", stem) else None

@@ -3,6 +3,9 @@
 Every write is durable when it returns: content, then the name, then the folder are fsynced. Names that must be
 created once are made with `link`, which is atomic and fails if the name exists; a file system without hard links
 falls back to O_EXCL, where a crash can leave a torn file that readers reject.
+
+Below the run's folder nothing is a symbolic link: none is followed, and deleting one leaves alone what it points to.
+The folder itself may be reached through links: that is the user's choice.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from spot_core.errors import CommitConflictError, ConfigError, TierDeniedError, TierError
+from spot_core.errors import CommitConflictError, ConfigError, CorruptCheckpointError, TierDeniedError, TierError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
-from spot_core.store.tier import CHUNK_BYTES, OnBytes, digest_file
+from spot_core.store.signing import UNSIGNED, Signing
+from spot_core.store.tier import CHUNK_BYTES, RECORD_BYTES, OnBytes, check_record_size, digest_file
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -28,12 +33,38 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 class PosixTier:
     """A run's folder on a mounted file system; serves as local tier and as `file://` remote."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, signing: Signing = UNSIGNED) -> None:
         self.root = Path(root).expanduser().absolute()
         self.url = str(self.root)
+        self.signing = signing
 
     def path(self, relative: str) -> Path:
         return self.root / relative
+
+    def _place(self, relative: str) -> Path:
+        """The path of what may be written or deleted. Raises TierDeniedError if a link would lead elsewhere."""
+        link = self._first_link(str(Path(relative).parent))
+        if link is not None:
+            raise TierDeniedError(f"{link} is a symbolic link, which is not followed: move the run's folder instead")
+        return self.path(relative)
+
+    def _stored(self, relative: str) -> Path:
+        """The path of what is to be read. Raises CorruptCheckpointError if it is a link or no file."""
+        link = self._first_link(relative)
+        if link is not None:
+            raise CorruptCheckpointError(f"{link} is a symbolic link, which is not followed")
+        path = self.path(relative)
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CorruptCheckpointError(f"{path} is not a file")
+        return path
+
+    def _first_link(self, relative: str) -> Path | None:
+        path = self.root
+        for part in Path(relative).parts:
+            path = path / part
+            if path.is_symlink():
+                return path
+        return None
 
     # -- the Tier protocol ---------------------------------------------------------------------------------
 
@@ -46,10 +77,13 @@ class PosixTier:
 
     def read(self, path: str) -> bytes:
         with _translated(f"read {self.path(path)}"):
-            return self.path(path).read_bytes()
+            with open(self._stored(path), "rb") as file:
+                data = file.read(RECORD_BYTES + 1)
+            check_record_size(str(self.path(path)), len(data))
+            return data
 
     def create(self, path: str, data: bytes) -> None:
-        target = self.path(path)
+        target = self._place(path)
         with _translated(f"create {target}"):
             self.make_folder(target.parent)
             with _temporary(target) as temporary:
@@ -66,7 +100,7 @@ class PosixTier:
             fsync_folder(target.parent)
 
     def replace(self, path: str, data: bytes) -> None:
-        target = self.path(path)
+        target = self._place(path)
         with _translated(f"write {target}"):
             self.make_folder(target.parent)
             with _temporary(target) as temporary:
@@ -75,7 +109,7 @@ class PosixTier:
             fsync_folder(target.parent)
 
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        target = self.path(path)
+        target = self._place(path)
         with _translated(f"write {target}"):
             self.make_folder(target.parent)
             with _temporary(target) as temporary:
@@ -85,15 +119,19 @@ class PosixTier:
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         with _translated(f"read {self.path(path)}"):
-            _copy_durably(self.path(path), target, on_bytes)
+            _copy_durably(self._stored(path), target, on_bytes)
+
+    def size(self, path: str) -> int:
+        with _translated(f"read {self.path(path)}"):
+            return self._stored(path).stat().st_size
 
     def record(self, path: str) -> FileRecord:
         with _translated(f"read {self.path(path)}"):
-            return digest_file(self.path(path))
+            return digest_file(self._stored(path))
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
-            target = self.path(path)
+            target = self._place(path)
             with _translated(f"delete {target}"), contextlib.suppress(FileNotFoundError):
                 while target.is_dir() and not target.is_symlink():
                     # Another life's agent may be deleting here too: what it took first is no error.
@@ -107,9 +145,11 @@ class PosixTier:
 
     def stage(self, name: CheckpointName) -> Path:
         """A fresh, empty staging folder for `name`, on the same file system as its final place."""
-        folder = self.path(f"{layout.STAGING}/{name}")
+        folder = self._place(f"{layout.STAGING}/{name}")
         with _translated(f"create {folder}"):
-            if folder.exists():
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.exists():
                 shutil.rmtree(folder)
             self.make_folder(folder)
         return folder
@@ -117,31 +157,56 @@ class PosixTier:
     def commit(self, staged: Path, manifest: Manifest) -> None:
         """Publish a staged folder whose files are already fsynced. Crash-safe at every point in between.
 
-        1. fsync the staged folders. 2. rename into place. 3. fsync the parent. 4. create the manifest.
-        Raises CommitConflictError if this name is committed already.
+        1. fsync the staged folders. 2. rename into place. 3. fsync the parent. 4. create the manifest, signed.
+        Raises CommitConflictError if this name is committed already, CorruptCheckpointError for a manifest that a
+        resume would refuse.
         """
-        final = self.path(layout.checkpoint(manifest.name))
+        record = self.signing.signed(layout.manifest(manifest.name), manifest.to_json())
+        Manifest.from_json(record, name=manifest.name)
+        final = self._place(layout.checkpoint(manifest.name))
         if self.path(layout.manifest(manifest.name)).exists():
             raise CommitConflictError(f"{final} is committed already")
         with _translated(f"commit {final}"):
             for folder, _, _ in os.walk(staged):
                 fsync_folder(Path(folder))
             self.make_folder(final.parent)
-            if final.exists():
+            if os.path.lexists(final):
                 # Left by an attempt that got no manifest: not a checkpoint, and in the way of the rename.
                 self.delete([layout.checkpoint(manifest.name)])
             os.replace(staged, final)
             fsync_folder(final.parent)
-        self.create(layout.manifest(manifest.name), manifest.to_json())
+        self.create(layout.manifest(manifest.name), record)
+
+    def set_strangers_aside(self, manifest: Manifest) -> tuple[str, ...]:
+        """Move what lies in a checkpoint's folder but not in its manifest to `damaged/`; returns what that was.
+
+        Whoever loads the folder then loads nothing that was not verified.
+        """
+        folder = self.path(layout.checkpoint(manifest.name))
+        named = {file.path for file in manifest.files}
+        strangers = []
+        for below, folders, files in os.walk(folder):
+            links = [entry for entry in folders if (Path(below) / entry).is_symlink()]
+            places = (str((Path(below) / entry).relative_to(folder)) for entry in (*files, *links))
+            strangers += [place for place in places if place not in named]
+        if strangers:
+            aside = self._new_aside(manifest.name)
+            with _translated(f"set aside {manifest.name}"):
+                for place in strangers:
+                    self.make_folder((aside / place).parent)
+                    os.replace(folder / place, aside / place)
+        return tuple(sorted(strangers))
+
+    def _new_aside(self, name: CheckpointName) -> Path:
+        return self._place(f"{layout.DAMAGED}/{len(self.list(layout.DAMAGED)):03d}-{name}")
 
     def set_aside(self, name: CheckpointName) -> Path:
         """Move a damaged checkpoint out of the way, manifest first, so that it can be looked at later."""
-        number = len(self.list(layout.DAMAGED))
-        folder = self.path(f"{layout.DAMAGED}/{number:03d}-{name}")
+        folder = self._new_aside(name)
         with _translated(f"set aside {name}"):
             self.make_folder(folder)
             for source in (layout.manifest(name), layout.checkpoint(name)):
-                if self.path(source).exists():
+                if os.path.lexists(self._place(source)):
                     os.replace(self.path(source), folder / Path(source).name)
         return folder
 
@@ -156,23 +221,32 @@ class PosixTier:
             fsync_folder(new.parent)
 
 
-def check_usable(folder: Path, needed_bytes: int) -> None:
+def check_usable(folder: Path, needed_bytes: int, *, elsewhere_bytes: int = 0) -> None:
     """Create a run's folder; raise ConfigError unless it can be written and has room for `needed_bytes`.
 
     What the run holds there already counts as room: the next life of a run on a tight disk must start.
+    elsewhere_bytes: how large a checkpoint may be that does not fit there.
     """
+    for part in (layout.CHECKPOINTS, layout.MANIFESTS, layout.STAGING, layout.JOURNAL):
+        if (folder / part).is_symlink():
+            raise ConfigError(
+                f"{folder / part} is a symbolic link, and none is followed below a run's folder. Nothing was written. "
+                "Move or link the whole folder of the run, or set local= (SPOT_LOCAL)."
+            )
+    probe = folder / f".tmp-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".tmp-probe-{os.getpid()}"
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"the local folder {folder} cannot be written: {error.strerror}. Nothing was written. Set local= "
             "(SPOT_LOCAL) to a folder on a disk of this instance."
         ) from error
     free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes > free_bytes + _held_bytes(folder):
+    if needed_bytes > max(free_bytes + _held_bytes(folder), elsewhere_bytes):
         raise ConfigError(
             f"the local folder {folder} has {free_bytes / 1e6:.0f} MB free, a checkpoint needs about "
             f"{needed_bytes / 1e6:.0f} MB. Set local= (SPOT_LOCAL) to a larger disk of this instance."
@@ -247,7 +321,7 @@ def _temporary(target: Path) -> Iterator[Path]:
 def _translated(what: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, TierError):
+    except (FileNotFoundError, TierError, CorruptCheckpointError):
         raise
     except OSError as error:
         kind = TierDeniedError if error.errno in _DENIED else TierError

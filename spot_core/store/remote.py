@@ -13,12 +13,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from blake3 import blake3
 
+from spot_core.config import shown
 from spot_core.errors import (
     CommitConflictError,
     CommitUnknownError,
@@ -27,16 +29,20 @@ from spot_core.errors import (
     TierDeniedError,
     TierError,
 )
-from spot_core.store import s3
+from spot_core.store import folders, s3
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import write_all
 from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES
-from spot_core.store.tier import CHUNK_BYTES, OnBytes, unknown_scheme
+from spot_core.store.signing import UNSIGNED, Signing
+from spot_core.store.tier import CHUNK_BYTES, RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
 
 logger = logging.getLogger(__name__)
 
 # Answers to a conditional write whose name exists, or is being written by another.
 _REFUSED_CREATE = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
+
+# Whose file system sends `mode="create"` as a condition to the server. The others look first, then write.
+_CONDITIONAL = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 _T = TypeVar("_T")
 
@@ -47,32 +53,45 @@ class FsspecTier:
     overwrites: whether it is known not to refuse a create over what exists; see `refuses_overwrite`.
     """
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, storage_options: Mapping[str, Any], signing: Signing = UNSIGNED) -> None:
+        self.url = shown(url.rstrip("/"))
+        self.signing = signing
         scheme = url.partition("://")[0]
+        self._is_conditional = scheme in _CONDITIONAL
         self.overwrites = False
         is_s3 = s3.is_s3(url)
         options = s3.with_defaults(storage_options) if is_s3 else dict(storage_options)
+        if scheme in folders.SCHEMES:
+            options["skip_instance_cache"] = True
         try:
-            self._fs, self._root = fsspec.url_to_fs(self.url, **options)
+            self._fs, self._root = fsspec.url_to_fs(url.rstrip("/"), **options)
         except (ValueError, ImportError) as error:
             raise unknown_scheme(url, error) from error
         except TypeError as error:
             raise ConfigError(f"storage_options are not valid for {scheme}://: {error}") from error
+        except Exception as error:  # some connect at once: to a wrong address, or as the wrong user
+            with _translated(f"open {self.url}"):
+                raise error
         if glob.has_magic(self._root):
             # fsspec expands them when it deletes: `run*` would take every run that starts so.
             raise ConfigError(
-                f"{url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
+                f"{self.url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
             )
 
         self._s3 = s3.S3(self._fs, self._root) if is_s3 else None
+        self._folders = folders.Folders(self._fs) if scheme in folders.SCHEMES else None
 
     def _path(self, relative: str) -> str:
         return f"{self._root}/{relative}"
 
     def _do(self, what: str, path: str, operation: Callable[[], _T]) -> _T:
         with _translated(f"{what} {self.url}/{path}"):
+            if self._folders:
+                return self._folders.call(operation)
             return self._s3.call(operation) if self._s3 else operation()
+
+    def _write(self, path: str, data: bytes, mode: str) -> None:
+        (self._folders.write if self._folders else self._fs.pipe_file)(self._path(path), data, mode=mode)
 
     def list(self, folder: str) -> list[str]:
         def ls() -> list[str]:
@@ -84,18 +103,33 @@ class FsspecTier:
                     return []
                 # An error of the server, such as NoSuchBucket, is no empty listing. Creating the bucket is the
                 # owner's decision, never a side effect.
-                raise TierDeniedError(f"cannot list {self.url}/{folder}: {error}") from error
+                raise TierDeniedError(f"cannot list {self.url}/{folder}: {s3.reason(error)}") from error
 
-        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self._do("list", folder, ls))
+        found = sorted(entry.rstrip("/").rpartition("/")[2] for entry in self._do("list", folder, ls))
+        return [entry for entry in found if not (self._folders and entry.startswith(folders.TEMPORARY))]
 
     def read(self, path: str) -> bytes:
-        return self._do("read", path, lambda: bytes(self._fs.cat_file(self._path(path))))
+        data = self._do("read", path, lambda: self._head(path))
+        check_record_size(f"{self.url}/{path}", len(data))
+        return data
+
+    def _head(self, path: str) -> bytes:
+        """The first bytes, enough to tell whether it is too large to be a record."""
+        if self._s3 is None:
+            check_record_size(f"{self.url}/{path}", int(self._fs.info(self._path(path))["size"]))
+            return bytes(self._fs.cat_file(self._path(path)))
+        try:
+            return bytes(self._fs.cat_file(self._path(path), start=0, end=RECORD_BYTES + 1))
+        except Exception as error:
+            if s3.code_of(error) in {"InvalidRange", "416"}:
+                return b""  # an empty object has no first byte
+            raise
 
     def create(self, path: str, data: bytes) -> None:
         refusal: Exception | None = None
         try:
             if not (self.overwrites and self._exists(path)):
-                self._do("create", path, lambda: self._fs.pipe_file(self._path(path), data, mode="create"))
+                self._do("create", path, lambda: self._write(path, data, "create"))
         except TierDeniedError:
             raise
         except (FileExistsError, TierError) as error:
@@ -120,23 +154,32 @@ class FsspecTier:
         return True
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
+        if not self._is_conditional:
+            self.overwrites = True
+            return False
         try:
-            self._do("create", path, lambda: self._fs.pipe_file(self._path(path), data, mode="create"))
+            self._do("create", path, lambda: self._write(path, data, "create"))
         except (FileExistsError, TierDeniedError):
             return True  # denied: the same write was allowed a moment ago, when there was no file
         self.overwrites = True
         return False
 
     def replace(self, path: str, data: bytes) -> None:
-        self._do("write", path, lambda: self._fs.pipe_file(self._path(path), data))
+        self._do("write", path, lambda: self._write(path, data, "overwrite"))
 
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        with _translated(f"write {self.url}/{path}"):
-            if self._s3:
+        if self._s3:
+            with _translated(f"write {self.url}/{path}"):
                 self._s3.put_file(source, self._path(path), on_bytes)
-            else:
-                self._fs.put_file(str(source), self._path(path))
-                on_bytes(source.stat().st_size)
+            return
+
+        def put() -> None:
+            if self._folders:
+                self._folders.make(self._path(path).rpartition("/")[0])
+            self._fs.put_file(str(source), self._path(path))
+
+        self._do("write", path, put)
+        on_bytes(source.stat().st_size)
 
     def sweep_uploads(self, before_incarnation: int) -> int:
         if self._s3 is None:
@@ -153,14 +196,16 @@ class FsspecTier:
             return 0
 
     def _fetch(self, path: str, start: int, end: int) -> bytes:
+        if self._folders:
+            return self._do("read", path, partial(self._folders.read, self._path(path), start, end))
         return self._do("read", path, lambda: bytes(self._fs.cat_file(self._path(path), start=start, end=end)))
 
-    def _size(self, path: str) -> int:
+    def size(self, path: str) -> int:
         return self._do("read", path, lambda: int(self._fs.info(self._path(path))["size"]))
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
-        size = self._size(path)
+        size = self.size(path)
         with _translated(f"read {self.url}/{path}"), open(target, "wb", buffering=0) as file:
             descriptor = file.fileno()
 
@@ -173,13 +218,13 @@ class FsspecTier:
                 with ThreadPoolExecutor(PARALLEL_PARTS) as pool:
                     list(pool.map(fetch, range(0, size, PART_BYTES)))
             elif size:
-                data = self.read(path)
+                data = self._fetch(path, 0, size)
                 write_all(descriptor, data)
                 on_bytes(len(data))
             os.fsync(descriptor)
 
     def record(self, path: str) -> FileRecord:
-        size = self._size(path)
+        size = self.size(path)
         digest, read = blake3(), 0
         for start in range(0, size, CHUNK_BYTES):
             chunk = self._fetch(path, start, min(start + CHUNK_BYTES, size))
@@ -202,16 +247,16 @@ def _translated(what: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         if s3.code_of(error) == "NoSuchBucket":
-            raise TierDeniedError(f"cannot {what}: {error}") from error
+            raise TierDeniedError(shown(f"cannot {what}: {s3.reason(error)}")) from error
         raise
     except PermissionError as error:
-        raise TierDeniedError(f"cannot {what}: permission denied ({error})") from error
+        raise TierDeniedError(shown(f"cannot {what}: permission denied ({s3.reason(error)})")) from error
     except Exception as error:
         if s3.code_of(error) in _REFUSED_CREATE:
             raise FileExistsError(what) from error  # some servers make s3fs report it as EINVAL
         denied = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
         kind = TierDeniedError if denied else TierError
-        raise kind(f"cannot {what}: {type(error).__name__}: {error}") from error
+        raise kind(shown(f"cannot {what}: {type(error).__name__}: {error}")) from error
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:

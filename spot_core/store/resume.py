@@ -1,7 +1,8 @@
 """Choosing what to resume from: the newest valid checkpoint, from the nearest tier that has it whole.
 
 No byte is used that was not verified. A damaged copy is reported by name and the other tier, then the next older
-checkpoint is tried. The chosen checkpoint ends up committed on the local tier.
+checkpoint is tried; so is one that is not signed, where the tiers have the run's keys. The chosen checkpoint ends up
+committed on the local tier.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from spot_core.errors import CommitUnknownError, CorruptCheckpointError, TierDeniedError, TierError
+from spot_core.errors import CommitUnknownError, CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier
-from spot_core.store.tier import OnBytes, Tier, check_record, digest_file
+from spot_core.store.tier import OnBytes, Tier, check_record, check_size, digest_file
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
+# Where a checkpoint that is to be downloaded has room: the local tier or the overflow. Raises ConfigError.
+FindRoom = Callable[[Manifest], PosixTier]
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A verified checkpoint on the local tier, and the tier its bytes came from (`local` or `remote`)."""
+    """A verified checkpoint on the local tier or in the overflow; source: `local`, `overflow`, or `remote` for both."""
 
     manifest: Manifest
     source: str
@@ -41,26 +45,61 @@ def names(tier: Tier) -> list[CheckpointName]:
 
 
 def completions(tier: Tier) -> dict[CheckpointName, int | None]:
-    """Checkpoints at which training ended, with the number of steps it was to last."""
+    """Checkpoints at which training ended, with the number of steps it was to last.
+
+    A record that cannot be read, or is not signed with the tier's keys, is left out with a line in the log.
+    """
     found: dict[CheckpointName, int | None] = {}
     for entry in tier.list(layout.MANIFESTS):
         name = layout.completed(entry)
         if name is not None:
             try:
-                found[name] = json.loads(tier.read(f"{layout.MANIFESTS}/{entry}")).get("max_steps")
-            except (ValueError, AttributeError, FileNotFoundError) as error:
-                logger.warning("%s/%s is not readable and is ignored: %r", layout.MANIFESTS, entry, error)
+                data = tier.read(layout.completion(name))
+                tier.signing.check(layout.completion(name), data, tier.url)
+                found[name] = _max_steps(json.loads(data))
+            except (ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
+                logger.warning("%s/%s is not readable and is ignored: %.300r", layout.MANIFESTS, entry, error)
+            except CorruptCheckpointError as error:
+                logger.warning("%s/%s does not count as the end of training: %s", layout.MANIFESTS, entry, error)
     return found
 
 
 def mark_complete(tier: Tier, name: CheckpointName, max_steps: int | None) -> None:
     """Record that training ended at a committed checkpoint."""
-    tier.create(layout.completion(name), (json.dumps({"max_steps": max_steps}) + "\n").encode())
+    path = layout.completion(name)
+    tier.create(path, tier.signing.signed(path, (json.dumps({"max_steps": max_steps}) + "\n").encode()))
+
+
+def _max_steps(body: dict[str, Any]) -> int | None:
+    steps = body.get("max_steps")
+    if steps is not None and type(steps) is not int:
+        raise TypeError(f"max_steps is {steps!r}")
+    return steps
 
 
 def read_manifest(tier: Tier, name: CheckpointName) -> Manifest:
-    """Raises FileNotFoundError or CorruptCheckpointError."""
-    return Manifest.from_json(tier.read(layout.manifest(name)), name=name)
+    """Raises FileNotFoundError, or CorruptCheckpointError: damaged, or not signed with the tier's keys."""
+    data = tier.read(layout.manifest(name))
+    tier.signing.check(layout.manifest(name), data, tier.url)
+    return Manifest.from_json(data, name=name)
+
+
+def sound_names(tier: Tier) -> list[CheckpointName]:
+    """As `names`, without those whose manifest is damaged or a stranger's, each told: they make nothing durable."""
+
+    def is_sound(name: CheckpointName) -> bool:
+        try:
+            read_manifest(tier, name)
+        except FileNotFoundError:
+            return False
+        except CorruptCheckpointError as error:
+            logger.warning("checkpoint %s does not count as durable: %s", name, error)
+            return False
+        return True
+
+    found = names(tier)
+    with ThreadPoolExecutor(8) as pool:
+        return [name for name, sound in zip(found, pool.map(is_sound, found), strict=True) if sound]
 
 
 def verify(tier: Tier, manifest: Manifest) -> None:
@@ -98,23 +137,42 @@ def damages(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> dict[FileRecor
         return {file: problem for file, problem in found if problem is not None}
 
 
-def newest_valid(local: PosixTier, remote: Tier, on_progress: OnProgress) -> Restored | None:
-    """The newest checkpoint of either tier that verifies, now on the local tier; None if there is none at all.
+def newest_valid(
+    local: PosixTier,
+    remote: Tier,
+    on_progress: OnProgress,
+    *,
+    overflow: PosixTier | None = None,
+    find_room: FindRoom | None = None,
+) -> Restored | None:
+    """The newest checkpoint of any tier that verifies, now on the local tier; None if there is none at all.
 
+    overflow: what a full disk left in memory; a checkpoint may stay there. find_room: the local tier by default.
     Raises CorruptCheckpointError if checkpoints exist but none is valid, TierError if a tier cannot be read: a
     fresh start follows only a successful empty listing.
     """
     here, there = set(names(local)), set(names(remote))
+    over = set(names(overflow)) if overflow is not None else set()
     reasons: list[str] = []
-    for name in sorted(here | there, reverse=True):
+    for name in sorted(here | there | over, reverse=True):
         try:
-            return fetch(name, local, remote, here=name in here, there=name in there, on_progress=on_progress)
+            return fetch(
+                name,
+                local,
+                remote,
+                here=name in here,
+                there=name in there,
+                overflow=overflow if name in over else None,
+                find_room=find_room,
+                on_progress=on_progress,
+            )
         except CorruptCheckpointError as error:
             reasons.append(str(error))
-            logger.warning("checkpoint %s is damaged, trying the next older one: %s", name, error)
+            what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
+            logger.warning("checkpoint %s is %s, trying the next older one: %s", name, what, error)
     if reasons:
         raise CorruptCheckpointError(
-            f"{len(here | there)} checkpoints exist in {remote.url} and {local.url}, none is valid:\n  "
+            f"{len(here | there | over)} checkpoints exist in {remote.url} and {local.url}, none is valid:\n  "
             + "\n  ".join(reasons)
             + "\nNothing was deleted. Repair one of them (spot repair), or start over on purpose with resume=False."
         )
@@ -122,26 +180,49 @@ def newest_valid(local: PosixTier, remote: Tier, on_progress: OnProgress) -> Res
 
 
 def fetch(
-    name: CheckpointName, local: PosixTier, remote: Tier, *, here: bool, there: bool, on_progress: OnProgress
+    name: CheckpointName,
+    local: PosixTier,
+    remote: Tier,
+    *,
+    here: bool,
+    there: bool,
+    on_progress: OnProgress,
+    overflow: PosixTier | None = None,
+    find_room: FindRoom | None = None,
 ) -> Restored:
-    """Bring one checkpoint, verified, to the local tier. Raises CorruptCheckpointError if neither copy is whole."""
+    """Bring one checkpoint, verified, to the local tier. Raises CorruptCheckpointError if no copy is whole.
+
+    overflow: given if it holds one. find_room: asked before anything is downloaded.
+    """
     problem: Exception | None = None
-    if here:
+    for tier, source in ((local if here else None, "local"), (overflow, "overflow")):
         try:
-            manifest = read_manifest(local, name)
-            verify(local, manifest)
-            return Restored(manifest, "local")
+            if tier is not None:
+                manifest = read_manifest(tier, name)
+                verify(tier, manifest)
+                _clear_of_strangers(tier, manifest)
+                if problem is not None:
+                    local.set_aside(name)  # what both processes look for first must not be the damaged copy
+                return Restored(manifest, source)
         except (CorruptCheckpointError, FileNotFoundError, TierError) as error:
             problem = error
             if there:
-                logger.warning("local copy of checkpoint %s is damaged, using the remote one: %s", name, error)
+                logger.warning("%s copy of checkpoint %s is damaged, using the remote one: %s", source, name, error)
     if not there:
+        if isinstance(problem, NewerFormatError):
+            raise problem
         raise CorruptCheckpointError(str(problem or f"checkpoint {name} is on neither tier")) from problem
     try:
         manifest = read_manifest(remote, name)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"manifest {name} vanished from {remote.url}") from error
-    _download(manifest, local, remote, on_progress, replace=here)
+    check_sizes(remote, manifest)  # before room is made for what may be damage
+    target = local if find_room is None else find_room(manifest)
+    _download(manifest, target, remote, on_progress)
+    if target is not local and name in names(local):
+        local.set_aside(name)
+    elif overflow is not None and target is not overflow:
+        overflow.delete([layout.manifest(name), layout.checkpoint(name)])  # memory is no place for what is damaged
     return Restored(manifest, "remote")
 
 
@@ -171,16 +252,44 @@ def download_files(
         check_record(digest_file(path), file, f"{remote.url}/{folder}")
 
 
-def _download(manifest: Manifest, local: PosixTier, remote: Tier, on_progress: OnProgress, *, replace: bool) -> None:
-    staged = local.stage(manifest.name)
+def check_sizes(tier: Tier, manifest: Manifest) -> None:
+    """Raise CorruptCheckpointError if a file is missing or has another size: found before anything is downloaded."""
+    folder = layout.checkpoint(manifest.name)
+
+    def check(file: FileRecord) -> None:
+        try:
+            check_size(tier.size(f"{folder}/{file.path}"), file, f"{tier.url}/{folder}")
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(f"{tier.url}/{folder}/{file.path} is missing") from error
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, manifest.files))
+
+
+def _clear_of_strangers(tier: PosixTier, manifest: Manifest) -> None:
+    strangers = tier.set_strangers_aside(manifest)
+    if strangers:
+        logger.warning(
+            "checkpoint %s held %d files that its manifest does not name (%s): they were moved to %s/%s and are not "
+            "loaded. Nothing of this project writes there",
+            manifest.name,
+            len(strangers),
+            ", ".join(map(repr, strangers[:5])),
+            tier.url,
+            layout.DAMAGED,
+        )
+
+
+def _download(manifest: Manifest, target: PosixTier, remote: Tier, on_progress: OnProgress) -> None:
+    staged = target.stage(manifest.name)
     try:
         download_files(manifest, remote, [staged / file.path for file in manifest.files], on_progress)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    if replace:
-        local.set_aside(manifest.name)
-    local.commit(staged, manifest)
+    if manifest.name in names(target):
+        target.set_aside(manifest.name)
+    target.commit(staged, manifest)
 
 
 def is_final(error: Exception) -> bool:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable
 
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
 
 logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".tmp-"
+# `<random>-000003.json`, or anything below `000003-000000001200/` or its like in `damaged/`: which life it is of.
+_INCARNATION = re.compile(r"(?:[0-9a-f]{32}-|\d{3}-)?(\d{6})[-.]")
 
 
 def superseded(
@@ -58,9 +64,9 @@ def delete_checkpoints(tier: Tier, doomed: Iterable[CheckpointName]) -> None:
 
 
 def sweep_orphans(tier: Tier, committed: Collection[CheckpointName], *, before_incarnation: int) -> int:
-    """Delete what crashes of earlier lives left without a manifest; returns how many folders.
+    """Delete what crashes of earlier lives left without a manifest; returns how many folders and completion records.
 
-    Only folders of earlier incarnations: this life's own may be about to be committed.
+    Only those of earlier incarnations: this life's own may be about to be committed.
     """
     count = 0
     for folder in (layout.CHECKPOINTS, layout.STAGING):
@@ -71,4 +77,21 @@ def sweep_orphans(tier: Tier, committed: Collection[CheckpointName], *, before_i
             if folder == layout.STAGING or name not in committed:
                 tier.delete([f"{folder}/{entry}"])
                 count += 1
+    for entry in tier.list(layout.MANIFESTS):
+        name = layout.completed(entry)
+        if name is not None and name.incarnation < before_incarnation and name not in committed:
+            tier.delete([f"{layout.MANIFESTS}/{entry}"])
+            count += 1
+    if isinstance(tier, PosixTier):
+        _sweep_temporaries(tier, before_incarnation=before_incarnation)
     return count
+
+
+def _sweep_temporaries(tier: PosixTier, *, before_incarnation: int) -> None:
+    """Delete what a kill left of files that were being written, by the life in their names or in their folder's."""
+    for folder in (layout.CHECKPOINTS, layout.DAMAGED, layout.MANIFESTS, layout.INCARNATIONS, layout.LIVES):
+        for path in tier.path(folder).rglob(f"{_TEMPORARY}*"):
+            inside = str(path.relative_to(tier.path(folder))).removeprefix(_TEMPORARY)
+            found = _INCARNATION.match(inside)
+            if found is not None and int(found[1]) < before_incarnation:
+                tier.delete([str(path.relative_to(tier.root))])

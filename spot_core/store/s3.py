@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
 
+from spot_core.errors import ConfigError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.tier import OnBytes
@@ -35,6 +36,8 @@ _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 _PASSING = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "InternalError", "ServiceUnavailable"}
 # A HEAD has no body: s3fs then gives its status for a code.
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "400"}
+# Stored at once, but read hours later: nothing could be read back, and nothing resumed.
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 _UNKNOWN_CHECKSUM = {"InvalidArgument", "InvalidRequest", "NotImplemented"}
 
 _T = TypeVar("_T")
@@ -45,7 +48,7 @@ def is_s3(url: str) -> bool:
 
 
 def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options, which win, over the measured ones."""
+    """The user's options, which win, over the measured ones. Raises ConfigError for a class that only archives."""
     config = {
         "connect_timeout": 5,
         "read_timeout": 60,
@@ -55,6 +58,11 @@ def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
     }
     more = {"ChecksumAlgorithm": CHECKSUM} if _can_checksum(storage_options) else {}
     more.update(storage_options.get("s3_additional_kwargs") or {})
+    if more.get("StorageClass") in _ARCHIVES:
+        raise ConfigError(
+            f"StorageClass {more['StorageClass']} cannot be read at once, and a checkpoint is read back before it "
+            "counts. Nothing was written. Use STANDARD, STANDARD_IA, INTELLIGENT_TIERING or GLACIER_IR."
+        )
     return {
         "use_listings_cache": False,
         **storage_options,
@@ -96,6 +104,14 @@ def code_of(error: BaseException) -> str | None:
             return str(response.get("Error", {}).get("Code"))
         cause = cause.__cause__
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What the store said, or its code: some servers send no words."""
+    said, code = str(error), code_of(error)
+    if said and said != "None":
+        return said
+    return "the specified bucket does not exist" if code == "NoSuchBucket" else str(code or type(error).__name__)
 
 
 class S3:

@@ -12,23 +12,42 @@ from typing import Any, Protocol, runtime_checkable
 
 from blake3 import blake3
 
+from spot_core.config import run_name, shown
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.store.manifest import FileRecord
+from spot_core.store.signing import Signing
 
 CHUNK_BYTES = 8 << 20
+# What `read` gives, at most. Manifests and the other records are far smaller; one that is not was not written by us.
+RECORD_BYTES = 64 << 20
 OnBytes = Callable[[int], None]
+
+# What brings the file system of a scheme.
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "'spot-callbacks[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    **dict.fromkeys(("webdav", "dav"), "'webdav4[fsspec]'"),
+    "hf": "huggingface_hub",
+    "smb": "smbprotocol",
+}
 
 
 class Tier(Protocol):
-    """A run's folder on one storage system. Raises TierError to be retried, TierDeniedError when refused."""
+    """A run's folder on one storage system. Raises TierError to be retried, TierDeniedError when refused.
+
+    url: for people: without a password. signing: the keys of this run's records.
+    """
 
     url: str
+    signing: Signing
 
     def list(self, folder: str) -> list[str]:
         """Names of the entries directly in `folder`; empty if there is none. Never answers from a cache."""
 
     def read(self, path: str) -> bytes:
-        """The whole content. Raises FileNotFoundError."""
+        """The whole content of a record. Raises FileNotFoundError, CorruptCheckpointError above RECORD_BYTES."""
 
     def create(self, path: str, data: bytes) -> None:
         """Write all of `data` under a name that must not exist; of racing writers exactly one succeeds.
@@ -45,6 +64,9 @@ class Tier(Protocol):
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         """Copy to a local file, durably. The caller verifies. Raises FileNotFoundError."""
+
+    def size(self, path: str) -> int:
+        """Bytes of what is stored, without reading it. Raises FileNotFoundError."""
 
     def record(self, path: str) -> FileRecord:
         """Read the stored bytes back and digest them. Raises FileNotFoundError."""
@@ -70,27 +92,39 @@ class ObjectStore(Protocol):
         """Abort what earlier lives of this run were uploading when they died; returns how many. Raises nothing."""
 
 
-def open_tier(url: str, storage_options: Mapping[str, Any] | None = None) -> Tier:
+def open_tier(url: str, storage_options: Mapping[str, Any] | None = None, signing_keys: tuple[str, ...] = ()) -> Tier:
     """The tier at `url`: any fsspec scheme, `file://` or a plain path.
 
     Raises ConfigError for an unknown scheme, one whose package is missing, or options it does not take.
     """
+    signing = Signing(run_name(url), signing_keys)
     scheme, separator, rest = url.partition("://")
     if not separator or scheme in {"file", "local"}:
         from spot_core.store.posix import PosixTier
 
-        return PosixTier(rest if separator else url)
+        return PosixTier(rest if separator else url, signing)
     from spot_core.store.remote import FsspecTier
 
-    return FsspecTier(url, storage_options or {})
+    return FsspecTier(url, storage_options or {}, signing)
 
 
 def check_record(found: FileRecord, wanted: FileRecord, where: str) -> None:
     """Raise CorruptCheckpointError unless `found` has the size and digest of `wanted`."""
-    if found.bytes != wanted.bytes:
-        raise CorruptCheckpointError(f"{where}/{wanted.path} has {found.bytes} bytes, the manifest says {wanted.bytes}")
+    check_size(found.bytes, wanted, where)
     if found.digest != wanted.digest:
         raise CorruptCheckpointError(f"{where}/{wanted.path} does not have the digest of its manifest")
+
+
+def check_size(found_bytes: int, wanted: FileRecord, where: str) -> None:
+    """Raise CorruptCheckpointError unless that is the size of `wanted`."""
+    if found_bytes != wanted.bytes:
+        raise CorruptCheckpointError(f"{where}/{wanted.path} has {found_bytes} bytes, the manifest says {wanted.bytes}")
+
+
+def check_record_size(where: str, size: int) -> None:
+    """Raise CorruptCheckpointError if what is stored at `where` is larger than any record."""
+    if size > RECORD_BYTES:
+        raise CorruptCheckpointError(f"{where} has {size} bytes or more: no record has more than {RECORD_BYTES}")
 
 
 def digest_file(path: Path) -> FileRecord:
@@ -105,5 +139,6 @@ def digest_file(path: Path) -> FileRecord:
 
 def unknown_scheme(url: str, reason: object) -> ConfigError:
     scheme = url.partition("://")[0]
-    hint = "; install it with: pip install 'spot-callbacks[s3]'" if scheme in {"s3", "s3a"} else ""
-    return ConfigError(f"cannot open {scheme}:// ({reason}){hint}. Nothing was read or written.")
+    package = _PACKAGES.get(scheme)
+    hint = f"; install it with: pip install {package}" if package and isinstance(reason, ImportError) else ""
+    return ConfigError(shown(f"cannot open {scheme}:// ({reason}){hint}. Nothing was read or written."))

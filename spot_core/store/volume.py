@@ -1,7 +1,8 @@
 """The volume that the local tier lies on: how much still fits, what may go to make room, what is told at start.
 
 Room is made by deleting local copies only, oldest first, each of them committed and verified on the remote, older than
-a newer one that is so too, not the newest here and not referred to. What does not fit then is not begun.
+a newer one that is so too, not the newest here and not referred to. A restore may besides delete damaged copies of what
+is durable. What does not fit then is not begun.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from spot_core.errors import CorruptCheckpointError, TierError
-from spot_core.store import resume, retention
+from spot_core.errors import CorruptCheckpointError, NewerFormatError, TierError
+from spot_core.store import layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 
@@ -54,27 +55,37 @@ def make_room(
     *,
     durable: Collection[CheckpointName],
     pinned: Collection[CheckpointName] = (),
+    replaced: CheckpointName | None = None,
 ) -> list[CheckpointName]:
     """See to it that a checkpoint of about `expected_bytes` fits; returns what was deleted for it.
 
     durable: names committed and verified on the remote. pinned: names that stay, beside those that local ones refer to.
+    replaced: what is to be restored; then damaged copies, its own last, may go too, while the remote holds them.
     Raises TierError (ENOSPC) if it does not fit: then it must not be begun.
     """
-    needed_bytes = expected_bytes + int(_MARGIN_SHARE * expected_bytes) + _MARGIN_BYTES
+    needed = needed_bytes(expected_bytes)
     deleted: list[CheckpointName] = []
-    while (free_bytes := _free_bytes(tier.root)) is not None and free_bytes < needed_bytes:
+    while (free_bytes := _free_bytes(tier.root)) is not None and free_bytes < needed:
         name = next(_expendable(tier, durable, pinned), None)
+        if name is not None:
+            retention.delete_checkpoints(tier, [name])
+        elif replaced is not None:
+            name = _delete_damaged(tier, durable, replaced)
         if name is None:
             raise TierError(
                 errno.ENOSPC,
-                f"no room in {tier.url}: {_mb(needed_bytes)} needed, {_mb(free_bytes)} free and nothing more there "
-                "that is durable on the remote and superseded",
+                f"no room in {tier.url}: {megabytes(needed)} needed, {megabytes(free_bytes)} free and nothing more "
+                "there that is durable on the remote and superseded",
             )
-        retention.delete_checkpoints(tier, [name])
         deleted.append(name)
     if deleted:
         logger.info("room made in %s: %s deleted there, durable on the remote", tier.url, ", ".join(map(str, deleted)))
     return deleted
+
+
+def needed_bytes(expected_bytes: int) -> int:
+    """What must be free for a checkpoint of about that size."""
+    return expected_bytes + int(_MARGIN_SHARE * expected_bytes) + _MARGIN_BYTES
 
 
 def describe_place(local: Path, remote_url: str) -> Iterator[tuple[int, str]]:
@@ -119,17 +130,33 @@ def _expendable(
 ) -> Iterator[CheckpointName]:
     """Local commits that may go, oldest first."""
     here = resume.names(tier)
-    kept = {*pinned, *(pin for name in here if (pin := _pin(tier, name)) is not None)}
+    kept = set(pinned)
+    for name in here:
+        try:
+            pin = resume.read_manifest(tier, name).pins
+            kept.update([pin] if pin is not None else [])
+        except NewerFormatError:
+            kept.add(name)  # for a newer release to delete
+        except (FileNotFoundError, CorruptCheckpointError):
+            pass
     for name in retention.superseded(here, keep=1, durable=durable, pinned=kept):
         if name in durable:
             yield name
 
 
-def _pin(tier: PosixTier, name: CheckpointName) -> CheckpointName | None:
-    try:
-        return resume.read_manifest(tier, name).pins
-    except (FileNotFoundError, CorruptCheckpointError):
-        return None
+def _delete_damaged(
+    tier: PosixTier, durable: Collection[CheckpointName], replaced: CheckpointName
+) -> CheckpointName | None:
+    """Delete one damaged copy of what the remote holds; None if there is none. `replaced` was found damaged here."""
+    for entry in tier.list(layout.DAMAGED):
+        name = CheckpointName.parse(entry.partition("-")[2])
+        if name in durable:
+            tier.delete([f"{layout.DAMAGED}/{entry}"])
+            return name
+    if replaced in durable and replaced in resume.names(tier):
+        retention.delete_checkpoints(tier, [replaced])
+        return replaced
+    return None
 
 
 def _free_bytes(folder: Path) -> int | None:
@@ -146,5 +173,5 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists() or place == place.parent)
 
 
-def _mb(count: int) -> str:
+def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"

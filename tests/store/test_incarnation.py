@@ -111,12 +111,12 @@ def test_a_store_that_overwrites_is_told_once_and_racing_claims_still_differ(
 
 
 def test_a_store_that_ignores_the_condition_is_found_out_by_the_claim_alone(
-    s3_server: S3Server, local: PosixTier, caplog: pytest.LogCaptureFixture
+    lenient_server: S3Server, local: PosixTier, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No file is written for finding out, and a store that refuses is not waited for and not warned about."""
     waited: list[float] = []
-    with FaultProxy(s3_server.port) as proxy:
-        remote = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+    with FaultProxy(lenient_server.port) as proxy:
+        remote = FsspecTier(f"s3://{lenient_server.new_bucket()}/run", proxy.options)
         assert incarnation.claim(local, remote, 0.0, wait=waited.append) == 1
         assert not waited and not caplog.records
         proxy.strips = {"if-none-match"}
@@ -127,10 +127,10 @@ def test_a_store_that_ignores_the_condition_is_found_out_by_the_claim_alone(
         }
 
 
-def test_a_claim_that_another_was_written_over_is_given_up(s3_server: S3Server, local: PosixTier) -> None:
-    with FaultProxy(s3_server.port) as proxy:
+def test_a_claim_that_another_was_written_over_is_given_up(lenient_server: S3Server, local: PosixTier) -> None:
+    with FaultProxy(lenient_server.port) as proxy:
         proxy.strips = {"if-none-match"}
-        remote = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+        remote = FsspecTier(f"s3://{lenient_server.new_bucket()}/run", proxy.options)
 
         def another_claims(_: float) -> None:
             if incarnation.newest(remote) == 1:

@@ -24,7 +24,11 @@ FULL = Manifest(
     created=1_700_000_000.5,
     framework="hf",
     native="checkpoint-1200",
-    files=(FileRecord("checkpoint-1200/model.safetensors", 12, DIGEST), FileRecord("state.bin", 0, DIGEST)),
+    files=(
+        FileRecord("checkpoint-1200/model.safetensors", 12, DIGEST),
+        FileRecord("state.bin", 0, DIGEST),
+        FileRecord("checkpoint-1200/config.json", 0, DIGEST),
+    ),
     versions={"torch": "2.13.0"},
     world={"world_size": 2},
     notes=("world size 2 -> 1",),
@@ -112,6 +116,48 @@ BAD: dict[str, Change] = {
     "a world that is none": _field(world=None),
     "notes that are numbers": _field(notes=[1]),
     "a fingerprint that is a number": _field(base_fingerprint=7),
+    "another step": _field(step=1201),
+    "another incarnation": _field(incarnation=4),
+    "a step that is no whole number": _field(step=1200.0),
+    "a name without end": _field(name="0" * 100_000),
+    "a step that is text": _field(step="1200"),
+    "an incarnation that is a truth value": _field(incarnation=True),
+    "no step": _without("step"),
+    "the same path in other letters": _file(path="STATE.bin"),
+    "the same path with another accent": lambda body: [
+        file.update(path=path) for file, path in zip(body["files"], ("\u00e9.bin", "e\u0301.bin"), strict=False)
+    ],
+    "a file that is a folder too": _file(path="state.bin/model"),
+    "a file that is a folder too, in other letters": _file(path="State.BIN/model"),
+    "a path with a dot in the middle": _file(path="checkpoint-1200/./model"),
+    "a path with a slash at the end": _file(path="checkpoint-1200/model/"),
+    "a path with a line break": _file(path="checkpoint-1200/model\nspot: resume"),
+    "a path with a terminal's escape": _file(path="checkpoint-1200/\x1b[2Jmodel"),
+    "a path that turns the text around": _file(path="checkpoint-1200/\u202elebom"),
+    "a path that is half a character": _file(path="checkpoint-1200/\ud800"),
+    "a name that no file system takes": _file(path="checkpoint-1200/" + "m" * 256),
+    "a path that no object store takes": _file(path="checkpoint-1200/" + "deep/" * 200 + "model"),
+    "more bytes in one file than any store takes": _file(bytes=(1 << 46) + 1),
+    "more bytes in all than any store holds": lambda body: body.update(
+        files=[{**body["files"][0], "path": f"checkpoint-1200/{index}", "bytes": 1 << 46} for index in range(20)]
+    ),
+    "more files than any checkpoint": lambda body: body["files"].extend(
+        {**body["files"][0], "path": f"checkpoint-1200/{index}"} for index in range(100_000)
+    ),
+    "a digest that is not hex": _file(digest="xy" * 32),
+    "a digest in capitals": _file(digest="AB" * 32),
+    "a digest with a line break": _file(digest="ab" * 32 + "\n"),
+    "a digest that is a number": _file(digest=7),
+    "a native part that no file belongs to": _field(native="checkpoint-12"),
+    "an epoch that is no number": _field(epoch=float("nan")),
+    "a time without end": _field(created=float("inf")),
+    "a time before all": _field(useful_s=-1.0),
+    "a time that is a truth value": _field(useful_s=True),
+    "a number with 400 digits": _field(epoch=10**400),
+    "a version that is a number": _field(versions={"torch": 2}),
+    "a world that is text": _field(world={"world_size": "2"}),
+    "a tracker's id that is a list": _field(loggers={"wandb": ["abc"]}),
+    "a run's name without end": _field(run="r" * 10_001),
 }
 
 
@@ -119,8 +165,9 @@ BAD: dict[str, Change] = {
 def test_a_bad_manifest_is_refused(kind: str) -> None:
     body = json.loads(FULL.to_json())
     BAD[kind](body)
-    with pytest.raises(CorruptCheckpointError, match="000003-000000001200"):
+    with pytest.raises(CorruptCheckpointError, match="000003-000000001200") as caught:
         Manifest.from_json(json.dumps(body).encode(), name=NAME)
+    assert len(str(caught.value)) < 500, "a log line must not be as long as what is absurd"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +185,27 @@ def test_a_manifest_cut_anywhere_is_refused() -> None:
     for length in range(len(data)):
         with pytest.raises(CorruptCheckpointError):
             Manifest.from_json(data[:length], name=NAME)
+
+
+def test_a_manifest_that_is_absurdly_large_is_not_parsed() -> None:
+    """As objects in memory its JSON would take many times the bytes."""
+    data = FULL.to_json().replace(b"{", b"{" + b" " * (16 << 20), 1)
+    with pytest.raises(CorruptCheckpointError, match="bytes"):
+        Manifest.from_json(data, name=NAME)
+
+
+def test_what_it_was_read_from_is_what_a_copy_gets() -> None:
+    """What a later release wrote is not lost on the way from one tier to the other."""
+    data = json.dumps({**json.loads(FULL.to_json()), "new_field": [1]}).encode()
+    read = Manifest.from_json(data, name=NAME)
+    assert read.to_json() == data
+    assert replace(read, epoch=2.0).to_json() == replace(FULL, epoch=2.0).to_json(), "a changed one is written anew"
+
+
+def test_a_manifest_cannot_bring_its_own_bytes() -> None:
+    body = {**json.loads(FULL.to_json()), "_stored": "text"}
+    data = json.dumps(body).encode()
+    assert Manifest.from_json(data, name=NAME).to_json() == data
 
 
 def test_a_later_format_says_what_to_do() -> None:
@@ -162,7 +230,16 @@ def test_names_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3-1200", "000003-000000001200.json", "x000003-000000001200", "000003_000000001200"]
+    "text",
+    [
+        "",
+        "3-1200",
+        "000003-000000001200.json",
+        "x000003-000000001200",
+        "000003_000000001200",
+        "000003-000000001200\n",
+        "00000\u0663-000000001200",
+    ],
 )
 def test_other_texts_are_no_names(text: str) -> None:
     assert CheckpointName.parse(text) is None
@@ -176,4 +253,5 @@ def test_entries_of_the_manifests_folder_are_told_apart() -> None:
 
 def test_numbered_entries_are_told_apart() -> None:
     entries = ["000003.json", "3.json", "000003.json.bak", "000003", "00000a.json", ".tmp-1-000003.json"]
-    assert [layout.numbered(entry) for entry in entries] == [3, None, None, None, None, None]
+    entries += ["00000\u00b2.json", "00000\u0663.json"]
+    assert [layout.numbered(entry) for entry in entries] == [3, *[None] * 7]

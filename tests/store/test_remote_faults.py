@@ -6,7 +6,7 @@ import filecmp
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,16 @@ def _credentials(folder: Path, key: str) -> None:
 
 
 @pytest.fixture
-def profile_tier(s3_server: S3Server, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FsspecTier:
+def lenient_proxy(lenient_server: S3Server) -> Iterator[FaultProxy]:
+    """In front of a server that takes any credentials."""
+    with FaultProxy(lenient_server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def profile_tier(
+    lenient_server: S3Server, lenient_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FsspecTier:
     """Credentials from a file, as a machine's role renews them."""
     for name in list(os.environ):
         if name.startswith("AWS_"):
@@ -136,9 +145,9 @@ def profile_tier(s3_server: S3Server, proxy: FaultProxy, tmp_path: Path, monkeyp
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     _credentials(tmp_path, "old")
-    options: dict[str, Any] = {**proxy.options, "skip_instance_cache": True}
+    options: dict[str, Any] = {**lenient_proxy.options, "skip_instance_cache": True}
     tier = FsspecTier(
-        f"s3://{s3_server.new_bucket()}/run", {k: v for k, v in options.items() if k not in {"key", "secret"}}
+        f"s3://{lenient_server.new_bucket()}/run", {k: v for k, v in options.items() if k not in {"key", "secret"}}
     )
     assert tier.list("manifests") == []
     return tier
@@ -150,7 +159,7 @@ def _expire_old(proxy: FaultProxy) -> None:
 
 
 def test_expired_credentials_are_renewed_in_the_middle_of_anything(
-    profile_tier: FsspecTier, proxy: FaultProxy, tmp_path: Path, source: Path
+    profile_tier: FsspecTier, lenient_proxy: FaultProxy, tmp_path: Path, source: Path
 ) -> None:
     operations: list[Callable[[], Any]] = [
         lambda: profile_tier.upload(source, PATH, sent.append),
@@ -164,23 +173,23 @@ def test_expired_credentials_are_renewed_in_the_middle_of_anything(
         _credentials(tmp_path, "old")
         profile_tier._fs.connect(refresh=True)
         _credentials(tmp_path, "new")
-        _expire_old(proxy)
-        count = len(proxy.fired)
+        _expire_old(lenient_proxy)
+        count = len(lenient_proxy.fired)
         operation()
-        assert len(proxy.fired) > count
+        assert len(lenient_proxy.fired) > count
     assert sum(sent) == source.stat().st_size
     assert filecmp.cmp(source, tmp_path / "target", shallow=False)
     assert profile_tier.list("manifests") == []
 
 
 def test_credentials_that_stay_expired_are_tried_once_more_and_not_shown(
-    profile_tier: FsspecTier, proxy: FaultProxy
+    profile_tier: FsspecTier, lenient_proxy: FaultProxy
 ) -> None:
-    _expire_old(proxy)
+    _expire_old(lenient_proxy)
     with pytest.raises(TierDeniedError) as caught:
         profile_tier.read("run.json")
     assert "secret-old" not in str(caught.value)
-    assert len(proxy.fired) <= 4  # looks for the size, then reads, each with the old and the renewed ones
+    assert len(lenient_proxy.fired) <= 4  # looks for the size, then reads, each with the old and the renewed ones
 
 
 # -- unfinished uploads ------------------------------------------------------------------------------------------

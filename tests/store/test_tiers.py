@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 
 from spot_core.errors import CommitConflictError, CommitUnknownError, ConfigError, TierDeniedError, TierError
+from spot_core.store import incarnation, layout
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
-from spot_core.store.tier import Tier, open_tier
+from spot_core.store.tier import Tier, digest_file, open_tier
 from spot_core.testing.tier_contract import TierContract
 from tests.faultproxy import LOST_REPLY, FaultProxy
 from tests.servers import (
@@ -24,6 +27,7 @@ from tests.servers import (
     free_port,
     s3_options,
 )
+from tests.sftpserver import SftpServer
 
 
 class TestPosixTier(TierContract):
@@ -88,6 +92,26 @@ class TestOverwritingS3Tier(TierContract):
         tier.create("probe", b"")
         assert not tier.refuses_overwrite("probe", b"")
         tier.delete(["probe"])
+        return tier
+
+
+class TestSftpTier(TierContract):
+    has_atomic_create = False
+    why_not = "SFTP knows no create-only write of a whole file: claims are checked by reading back instead"
+    rounds = 4
+
+    @pytest.fixture
+    def tier(self, sftp_server: SftpServer) -> Tier:
+        return self._opened(sftp_server.new_url(), sftp_server.options)
+
+    @pytest.fixture
+    def other(self, tier: Tier, sftp_server: SftpServer) -> Tier:
+        return self._opened(tier.url, {**sftp_server.options, "skip_instance_cache": True})
+
+    @staticmethod
+    def _opened(url: str, options: dict[str, Any]) -> Tier:
+        tier = FsspecTier(url, options)
+        assert not tier.refuses_overwrite("run.json", b"")
         return tier
 
 
@@ -164,6 +188,98 @@ def test_a_url_that_fsspec_would_expand_is_refused(url: str) -> None:
 def test_an_unknown_scheme_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=url.partition("://")[0]):
         open_tier(url)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "package"),
+    [("gs", "gcsfs", "gcsfs"), ("az", "adlfs", "adlfs"), ("s3", "s3fs", "'spot-callbacks[s3]'")],
+)
+def test_a_scheme_whose_package_is_missing_names_the_package(scheme: str, module: str, package: str) -> None:
+    script = f"""
+import sys
+sys.modules[{module!r}] = None  # importing it fails, as where it is not installed
+from spot_core.store.tier import open_tier
+open_tier("{scheme}://bucket/team/run")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"ConfigError: cannot open {scheme}://" in result.stderr
+    assert f"install it with: pip install {package}. Nothing was read or written." in result.stderr
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
+    tier = open_tier(f"file://{tmp_path}/run")
+    tier.create("run.json", b"content")
+    assert isinstance(tier, PosixTier) and (tmp_path / "run" / "run.json").read_bytes() == b"content"
+
+
+# -- file systems with folders -------------------------------------------------------------------------------
+
+
+def test_a_store_that_only_looks_before_it_writes_is_told_as_one_that_overwrites(
+    sftp_server: SftpServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    waited: list[float] = []
+    for url, options in ((sftp_server.new_url(), sftp_server.options), (f"memory://{uuid.uuid4().hex}/run", {})):
+        tier = FsspecTier(url, options)
+        assert incarnation.claim(PosixTier(tmp_path / url[:4]), tier, 0.0, wait=waited.append) == 1
+        assert url in caplog.messages[-1] and "does not refuse to overwrite" in caplog.messages[-1]
+    assert waited == [incarnation.SETTLE_S] * 2
+
+
+def test_a_claim_that_another_was_written_over_on_sftp_is_given_up(sftp_server: SftpServer, local: PosixTier) -> None:
+    tier = FsspecTier(sftp_server.new_url(), sftp_server.options)
+    another = FsspecTier(tier.url, sftp_server.options)
+
+    def another_claims(_: float) -> None:
+        if incarnation.newest(another) == 1:
+            another.replace(layout.incarnation(1), b"another's")
+
+    assert incarnation.claim(local, tier, 0.0, wait=another_claims) == 2
+    assert tier.read(layout.incarnation(1)) == b"another's"
+
+
+def test_a_record_that_was_cut_off_on_sftp_is_neither_listed_nor_in_the_way(sftp_server: SftpServer) -> None:
+    """A file shows while it is written, so its first name is another one."""
+    tier = FsspecTier(sftp_server.new_url(), sftp_server.options)
+    tier.create("manifests/one.json", b"content")
+    folder = tier._path("manifests")
+    begun: list[str] = []
+    pipe_file = tier._fs.pipe_file
+
+    def cut_off(path: str, data: bytes, **more: Any) -> None:
+        begun.append(path)
+        pipe_file(path, data[:3], **more)
+        raise KeyboardInterrupt
+
+    tier._fs.pipe_file, rm_file = cut_off, tier._fs.rm_file
+    tier._fs.rm_file = lambda path: None  # it died: nobody cleans up
+    for mode in ("create", "overwrite"):
+        with pytest.raises(KeyboardInterrupt):
+            tier._write("manifests/two.json", b"content", mode)
+    tier._fs.pipe_file, tier._fs.rm_file = pipe_file, rm_file
+    assert len(begun) == 2 and len(tier._fs.ls(folder)) == 3
+    assert tier.list("manifests") == ["one.json"]
+    tier.create("manifests/two.json", b"content")
+    assert tier.list("manifests") == ["one.json", "two.json"]
+
+
+def test_a_server_that_was_down_for_a_while_is_found_again_over_sftp(tmp_path: Path) -> None:
+    server = SftpServer(tmp_path)
+    source = tmp_path / "source"
+    source.write_bytes(b"content" * 1000)
+    with server:
+        tier = FsspecTier(server.new_url(), server.options)
+        tier.create("manifests/one.json", b"content")
+    for operation in (lambda: tier.list("manifests"), lambda: tier.upload(source, "model.bin", lambda _: None)):
+        with pytest.raises(TierError):
+            operation()
+    with server:
+        tier.upload(source, "model.bin", lambda _: None)
+        assert tier.record("model.bin").digest == digest_file(source).digest
+        assert tier.list("manifests") == ["one.json"]
+
+
+# -- S3 ------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_bucket_is_denied_and_not_empty(s3_server: S3Server, tmp_path: Path) -> None:

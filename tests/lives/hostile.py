@@ -1,0 +1,83 @@
+"""A stranger who can write to both tiers, and a pickle that runs a command when it is loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spot_core.store import layout, resume
+from spot_core.store.layout import CheckpointName
+from spot_core.store.posix import PosixTier
+from spot_core.store.tier import digest_file
+from tests.lives.job import LifeSpec
+
+
+class Command:
+    """Creates `marker` when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self._marker}'",)
+
+
+def assert_works(marker: Path) -> None:
+    """The attack is a real one: loaded the usual way, it runs."""
+    pickle.loads(pickle.dumps(Command(marker)))
+    assert marker.exists()
+    marker.unlink()
+
+
+def tiers_of(spec: LifeSpec) -> tuple[PosixTier, PosixTier]:
+    """As a stranger sees them, who has no key."""
+    return PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+
+
+def newest_of(spec: LifeSpec) -> CheckpointName:
+    """The newest checkpoint, which is on both tiers."""
+    local, remote = tiers_of(spec)
+    newest = resume.names(remote)[0]
+    assert newest in resume.names(local)
+    return newest
+
+
+def stored_file(spec: LifeSpec, path: str) -> Path:
+    """A file of the newest checkpoint on the local tier. path: `native/…` is below its native part."""
+    local, _ = tiers_of(spec)
+    manifest = resume.read_manifest(local, newest_of(spec))
+    return local.path(f"{layout.checkpoint(manifest.name)}/{_path(manifest.native, path)}")
+
+
+def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True) -> None:
+    """Put these files into the newest checkpoint of both tiers. with_manifest: and make it vouch for them."""
+    name = newest_of(spec)
+    for tier in tiers_of(spec):
+        manifest = resume.read_manifest(tier, name)
+        records = {file.path: file for file in manifest.files}
+        for path, content in files.items():
+            path = _path(manifest.native, path)
+            target = tier.path(f"{layout.checkpoint(name)}/{path}")
+            target.unlink(missing_ok=True)  # it may share its bytes with another folder's by a hard link
+            target.write_bytes(content)
+            records[path] = replace(digest_file(target), path=path)
+        if with_manifest:
+            forged = replace(manifest, files=tuple(records.values()))
+            tier.replace(layout.manifest(name), forged.to_json())
+            resume.verify(tier, resume.read_manifest(tier, name))
+
+
+def _path(native: str, path: str) -> str:
+    return f"{native}{path.removeprefix('native')}" if path.startswith("native") else path
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    marker = tmp_path / "somebody was here"
+    assert_works(marker)
+    return marker
