@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,11 +47,20 @@ class ResumePoint:
     pinned: Path | None
 
     @classmethod
-    def read(cls, tier: PosixTier, name: CheckpointName, pin: CheckpointName | None, *, source: str) -> ResumePoint:
-        """The checkpoint `name` on the local tier; pin: the one it refers to. source: the tier it was found on."""
-        folder = tier.path(layout.checkpoint(name))
-        pinned = tier.path(layout.checkpoint(pin)) if pin is not None else None
-        return cls(resume.read_manifest(tier, name), folder, source, pinned)
+    def read(
+        cls, tiers: Sequence[PosixTier], name: CheckpointName, pin: CheckpointName | None, *, source: str
+    ) -> ResumePoint:
+        """The checkpoint `name` on the first of `tiers`, all of them local, that holds it; pin: the one it refers to.
+
+        source: the tier it was found on.
+        """
+
+        def holder(wanted: CheckpointName) -> PosixTier:
+            return next((tier for tier in tiers if tier.path(layout.manifest(wanted)).exists()), tiers[0])
+
+        folder = holder(name).path(layout.checkpoint(name))
+        pinned = holder(pin).path(layout.checkpoint(pin)) if pin is not None else None
+        return cls(resume.read_manifest(holder(name), name), folder, source, pinned)
 
     @property
     def committed(self) -> dict[int, CheckpointName]:

@@ -29,7 +29,7 @@ from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
 from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import Hazard, LifeSpan
-from spot_core.config import SpotConfig
+from spot_core.config import SpotConfig, shown
 from spot_core.errors import FencedError
 from spot_core.handover import Capture, Preempted, ResumePoint
 from spot_core.notice.signals import SignalWatcher
@@ -40,7 +40,8 @@ from spot_core.snapshot.writer import CheckpointWriter, Written
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
-from spot_core.store.posix import PosixTier, check_usable
+from spot_core.store.overflow import room_bytes
+from spot_core.store.posix import check_usable
 from spot_core.store.volume import describe_place
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,11 @@ class Session:
     ) -> None:
         self.config, self._identity, self._client = config, identity, client
         self._opened = opened
-        self._tier = PosixTier(client.run_folder)
+        self._tier = client.tier
         self._versions, self._base_fingerprint = versions, base_fingerprint
         self.resume: ResumePoint | None = None
         if opened.restored is not None:
-            self.resume = ResumePoint.read(self._tier, opened.restored, opened.pin, source=str(opened.source))
+            self.resume = ResumePoint.read(client.near_tiers, opened.restored, opened.pin, source=str(opened.source))
         spans = [LifeSpan(life.duration_s, life.is_interrupted) for life in opened.lives]
         self._cadence = Cadence(Hazard.from_lives(spans), fixed_interval_s=config.interval_s)
         self._snapshotter = Snapshotter(device)
@@ -103,8 +104,8 @@ class Session:
         """
         make_visible()
         client = AgentClient(config, identity)
-        check_usable(client.run_folder, state_bytes)
-        logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, config.remote)
+        check_usable(client.run_folder, state_bytes, elsewhere_bytes=room_bytes())
+        logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, shown(config.remote))
         for level, sentence in describe_place(client.run_folder, config.remote):
             logger.log(level, "%s", sentence)
         return cls(
@@ -140,7 +141,7 @@ class Session:
         else:
             logger.info("%s", point.verdict(number, self._versions, notes))
             self._captured_step = point.manifest.step
-        journal = Journal(self._tier.root, number)
+        journal = Journal(self._tier.root, number, self._client.overflow)
         self._agent = AgentMonitor(self._client, journal)
         self._local = LocalRun(
             self._tier,
@@ -149,6 +150,7 @@ class Session:
             number=number,
             progress=self._progress(self._captured_step or 0),
             committed=point.committed if point is not None else {},
+            overflow=self._client.overflow,
         )
         self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number, prepare=self._local.prepare)
         self._agent.start()
@@ -252,20 +254,22 @@ class Session:
             self._captured_step = None  # this step may be tried again
             return
         manifest = written.manifest
-        local.add(manifest.name)
+        is_here = local.add(manifest.name)
         durable = agent.newest_durable
         logger.info(
-            "checkpoint: step %d, %.1f MB in %.2f s, durable on the local tier; remote: %s",
+            "checkpoint: step %d, %.1f MB in %.2f s, %s; remote: %s",
             manifest.step,
             manifest.total_bytes / 1e6,
             written.seconds,
+            "durable on the local tier" if is_here else "in memory",
             f"step {durable.step}" if durable else "none yet",
         )
 
     def _progress(self, step: int) -> Progress:
         resumed_step = self.resume.manifest.step if self.resume else 0
         failures = self._writer.failures if self._writer else 0
-        return Progress(step, self._useful_before_s + self._useful_s, resumed_step, failures, self._failure)
+        why = self._local.remote_only if self._local else ""
+        return Progress(step, self._useful_before_s + self._useful_s, resumed_step, failures, self._failure, why)
 
     def _running(self) -> tuple[CheckpointWriter, AgentMonitor, LocalRun]:
         if self._writer is None or self._agent is None or self._local is None:
@@ -279,16 +283,19 @@ class Session:
         writer, agent, local = self._running()
         assert self.signals.noticed_at is not None
         deadline = self.signals.noticed_at + self.config.grace_s
-        if writer.wait(max(0.0, deadline - time.monotonic())):
+
+        def commit() -> None:
             self._snapshot(capture)
             writer.wait(max(0.0, deadline - time.monotonic()))
+
+        if writer.wait(max(0.0, deadline - time.monotonic())):
+            local.until_it_fits(commit, deadline)
         newest = local.newest
         is_durable = newest is not None and agent.wait_durable(newest, deadline)
         self._end(lives.PREEMPTED)
-        where = "durable on the remote" if is_durable else "on the local tier only, the agent goes on draining it"
         logger.warning(
             "preempted: %s; leaving with exit code %d, run the same command again to continue",
-            f"step {newest.step} is {where}" if newest else "nothing could be committed in time",
+            local.describe(newest, is_durable=is_durable),
             self.config.preempt_exit_code,
         )
         raise Preempted(self.config.preempt_exit_code)
@@ -313,7 +320,7 @@ class Session:
         _, _, local = self._running()
         is_told = self._end(lives.COMPLETED)
         # An agent that could not be told goes on until this process ends: there is nothing to wait for.
-        local.wait_drained(self.config.drain_timeout_s if is_told else 0.0, self.config.remote)
+        local.wait_drained(self.config.drain_timeout_s if is_told else 0.0, shown(self.config.remote))
 
     def _end(self, outcome: str) -> bool:
         """Tell the agent how this life ended; only the first word counts. Returns whether it was told."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from spot_core.errors import TierError
+from spot_core.errors import FencedError, TierError, is_full
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile
-from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import resume
+from spot_core.snapshot.writer import CheckpointWriter, Prepare, Written
+from spot_core.store import layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -27,7 +28,7 @@ WEIGHTS = torch.arange(50_000.0)  # 200 kB
 class Writer:
     """Writes checkpoints of some 400 kB, one at a time."""
 
-    def __init__(self, tier: PosixTier, prepare: Callable[[Manifest, int], None] = lambda *_: None) -> None:
+    def __init__(self, tier: PosixTier, prepare: Prepare | None = None) -> None:
         self._snapshotter = Snapshotter(torch.device("cpu"))
         self.writer = CheckpointWriter(tier, self._snapshotter, number=1, prepare=prepare)
         self.between: Callable[[], None] = lambda: None  # runs after the first file was written
@@ -96,10 +97,11 @@ def test_full_in_mid_write_leaves_nothing_and_the_next_one_works(
 def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = []
 
-    def prepare(manifest: Manifest, expected_bytes: int) -> None:
+    def prepare(manifest: Manifest, expected_bytes: int, failure: OSError | None) -> PosixTier:
         expected.append(expected_bytes)
         if manifest.step == 2:
             raise TierError(28, "no room in /there: 0.4 MB needed, 0.1 MB free")
+        return tier
 
     tier = PosixTier(tmp_path)
     writer = Writer(tier, prepare)
@@ -152,4 +154,46 @@ def test_a_file_removed_after_it_was_written_is_not_committed_over(tmp_path: Pat
     writer.between = remove
     assert writer.write(1).error is None
     resume.verify(tier, resume.read_manifest(tier, CheckpointName(1, 1)))
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["disk", "quota"])
+def test_full_in_mid_write_goes_where_there_is_room(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = PosixTier(tmp_path / "elsewhere")
+    failures: list[OSError] = []
+
+    def prepare(manifest: Manifest, expected_bytes: int, failure: OSError | None) -> PosixTier:
+        if failure is None:
+            return tier
+        failures.append(failure)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # this disk has no quota
+        return elsewhere
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with contextlib.ExitStack() as stack:
+        full = tmp_path
+        if kind == "disk":
+            full = stack.enter_context(mounted(tmp_path / "small", "size=2m"))
+        tier = PosixTier(full / "run")
+        writer = Writer(tier, prepare)
+        assert writer.write(1).error is None
+        with no_space(full) if kind == "disk" else largest_file(100_000):
+            assert writer.write(2).error is None
+        writer.close()
+        assert resume.names(tier) == [CheckpointName(1, 1)]
+        assert tier.list("staging") == [] and tier.list("checkpoints") == [str(CheckpointName(1, 1))]
+    assert [is_full(failure) for failure in failures] == [True]
+    resume.verify(elsewhere, resume.read_manifest(elsewhere, CheckpointName(1, 2)))
+    assert not caplog.records
+
+
+def test_a_newer_life_on_the_local_folder_fences_what_is_written_elsewhere(tmp_path: Path) -> None:
+    tier, elsewhere = PosixTier(tmp_path / "run"), PosixTier(tmp_path / "elsewhere")
+    writer = Writer(tier, lambda *_: elsewhere)
+    assert writer.write(1).error is None
+    tier.create(layout.incarnation(2), b"{}")
+    assert isinstance(writer.write(2).error, FencedError)
+    assert resume.names(elsewhere) == [CheckpointName(1, 1)]
     writer.close()

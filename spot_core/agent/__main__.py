@@ -1,6 +1,6 @@
 """Entry point of the agent process: one JSON request on standard input, events on standard output until opened.
 
-The request comes on standard input, never in arguments or the environment: storage options may hold secrets.
+The request comes on standard input, never in arguments or the environment: it holds storage options and signing keys.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging.handlers
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
@@ -19,9 +20,12 @@ from spot_core.agent import opening
 from spot_core.agent.drain import Drain
 from spot_core.agent.journal import Journal
 from spot_core.agent.process import Agent
+from spot_core.config import shown
 from spot_core.errors import ConfigError, SpotError
 from spot_core.store.identity import RunIdentity
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
+from spot_core.store.signing import Signing
 from spot_core.store.tier import open_tier
 
 
@@ -69,7 +73,7 @@ def main() -> int:
         _send(stream, event="error", kind=type(error).__name__, message=_message(error))
         return 1
     except Exception as error:
-        _send(stream, event="error", kind="AgentError", message=f"{type(error).__name__}: {error}")
+        _send(stream, event="error", kind="AgentError", message=shown(f"{type(error).__name__}: {error}"))
         raise
     if agent is None:
         return 0
@@ -79,8 +83,9 @@ def main() -> int:
 
 def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
     """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
-    local = PosixTier(request["local"])
-    remote = open_tier(request["remote"], request["storage_options"])
+    keys = tuple(request["signing_keys"])
+    local = PosixTier(request["local"], Signing(request["run"], keys))
+    remote = open_tier(request["remote"], request["storage_options"], keys)
     if request.get("peek"):
         newest = opening.newest_manifest(local, remote)
         _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
@@ -93,6 +98,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
 
     number = request["incarnation"]
     resumed_step = 0
+    overflow = Overflow(Path(request["overflow"]) if request["overflow"] else None, local.signing)
     if number is None:
         opened = opening.open_run(
             local,
@@ -105,6 +111,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         )
         restored = opened.restored
         number, resumed_step = opened.incarnation, restored.manifest.step if restored else 0
+        overflow = opened.overflow
         _send(
             stream,
             event="opened",
@@ -114,16 +121,18 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
             pin=str(opened.pin) if opened.pin else None,
             lives=[asdict(life) for life in opened.lives],
             max_steps=opened.max_steps,
+            overflow=str(overflow.folder or ""),
         )
     else:
-        _send(stream, event="opened", incarnation=number)
+        _send(stream, event="opened", incarnation=number, overflow=request["overflow"])
     if number is None:
         if not sys.stdin.readline():
+            opening.clear_finished(overflow, local, remote)
             return None
         number = opening.claim(
             local, remote, identity, started=request["started"], timeout_s=request["start_timeout_s"]
         )
-        _send(stream, event="claimed", incarnation=number)
+        _send(stream, event="claimed", incarnation=number, overflow=str(overflow.folder or ""))
     _detach(Journal(local.root, number), request["log_level"])
     drain = Drain(
         local,
@@ -132,12 +141,14 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         keep_local=request["keep_local"],
         keep_remote=request["keep_remote"],
         keep_every=request["keep_every"],
+        overflow=overflow,
     )
     return Agent(
         local,
         remote,
         drain,
         number=number,
+        overflow=overflow,
         started=request["started"],
         resumed_step=resumed_step,
         is_trainer_alive=lambda: _is_alive(trainer),
@@ -161,12 +172,15 @@ def _is_alive(trainer: psutil.Process | None) -> bool:
 
 def _detach(journal: Journal, level: int) -> None:
     """Let go of the trainer's pipes and terminal: the agent outlives both."""
-    journal.log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(journal.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    null = os.open(os.devnull, os.O_RDWR)
+    null = log = os.open(os.devnull, os.O_RDWR)
+    try:
+        journal.log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(journal.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        pass  # an agent that is started again while the local folder is full or gone still drains
     for descriptor, target in ((0, null), (1, log), (2, log)):
         os.dup2(target, descriptor)
-    handler = _LogFile(journal.log_path)
+    handler = _LogFile(journal.log_path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("spot_core").addHandler(handler)
     logging.getLogger("spot_core").setLevel(level)

@@ -16,13 +16,19 @@ import psutil
 
 from spot_core import errors
 from spot_core.agent.lives import Life
-from spot_core.config import SpotConfig
+from spot_core.config import SIGNING_KEY, STORAGE_OPTIONS, SpotConfig, describe_key_file
 from spot_core.errors import AgentError, SpotError
 from spot_core.progress import byte_bar
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
+from spot_core.store.overflow import Overflow
+from spot_core.store.posix import PosixTier
+from spot_core.store.signing import Signing
 
 logger = logging.getLogger(__name__)
+
+# Each agent that is killed while it opens the run costs a start: what kills every one of them must be told.
+_RESTARTS_AT_OPENING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +54,32 @@ class AgentClient:
         self._started = time.time()
         self._process: subprocess.Popen[str] | None = None
         self.incarnation: int | None = None
+        self.overflow = Overflow(None)
 
     @property
     def run_folder(self) -> Path:
         """The run's folder on the local tier."""
         return Path(str(self._config.local)) / self._config.run
 
+    @property
+    def tier(self) -> PosixTier:
+        """The local tier, with the run's keys."""
+        return PosixTier(self.run_folder, Signing(self._config.run, self._config.signing_keys))
+
+    @property
+    def near_tiers(self) -> list[PosixTier]:
+        """Where a restored checkpoint may be, in the order in which it is looked for."""
+        return [tier for tier in (self.tier, self.overflow.tier) if tier is not None]
+
     def open(self) -> OpenedRun:
         """Start the agent and wait until it has opened the run; shows a progress bar while it restores.
 
+        An agent that is killed meanwhile is started again: what it had claimed is superseded by the next claim.
         Raises what the agent raised: ConfigError, TierError, TierDeniedError, CorruptCheckpointError, AgentError.
         """
-        event = self._start(None)
+        if (warning := describe_key_file(self._config.signing_key_file)) is not None:
+            logger.warning("%s", warning)
+        event = self._start_until_open()
         self.incarnation = event["incarnation"]
         return OpenedRun(
             incarnation=event["incarnation"],
@@ -76,10 +96,16 @@ class AgentClient:
         assert process is not None and process.stdin is not None
         process.stdin.write("claim\n")
         process.stdin.flush()
-        self.incarnation = _await(process, "claimed")["incarnation"]
+        event = _await(process, "claimed")
+        self._found_overflow(event)
+        self.incarnation = event["incarnation"]
         assert self.incarnation is not None
         _release(process)
         return self.incarnation
+
+    def _found_overflow(self, event: dict[str, Any]) -> None:
+        folder = event["overflow"]
+        self.overflow = Overflow(Path(folder) if folder else None, self.tier.signing)
 
     def restart(self) -> None:
         """Start the agent again for the same life, after it died."""
@@ -94,14 +120,27 @@ class AgentClient:
         if self._process is not None:
             _release(self._process)
 
+    def _start_until_open(self) -> dict[str, Any]:
+        for _ in range(_RESTARTS_AT_OPENING):
+            try:
+                return self._start(None)
+            except AgentError as error:
+                if (self.exit_code() or 0) >= 0:
+                    raise
+                logger.warning("%s, starting it again", error)
+        return self._start(None)
+
     def _start(self, incarnation: int | None) -> dict[str, Any]:
         request = {
             "local": str(self.run_folder),
             "remote": self._config.remote,
             "storage_options": dict(self._config.storage_options),
+            "run": self._config.run,
+            "signing_keys": list(self._config.signing_keys),
             "framework": self._identity.framework,
             "facts": dict(self._identity.facts),
             "incarnation": incarnation,
+            "overflow": str(self.overflow.folder or ""),
             "resume": self._config.resume,
             "keep_local": self._config.keep_local,
             "keep_remote": self._config.keep_remote,
@@ -114,6 +153,7 @@ class AgentClient:
         }
         self._process = process = _spawn(request)
         event = _await(process, "opened")
+        self._found_overflow(event)
         if event["incarnation"] is not None:
             _release(process)
         return event
@@ -131,6 +171,8 @@ def stored_loggers(config: SpotConfig) -> dict[str, str]:
         "local": str(Path(str(config.local)) / config.run),
         "remote": config.remote,
         "storage_options": dict(config.storage_options),
+        "run": config.run,
+        "signing_keys": list(config.signing_keys),
     }
     process = _spawn(request)
     try:
@@ -188,7 +230,11 @@ def _release(process: subprocess.Popen[str]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The trainer's environment, with the folder this package was imported from on the agent's path."""
+    """The trainer's environment, with the folder this package was imported from on the agent's path.
+
+    Without the secrets that the request holds: the agent may outlive the trainer by hours.
+    """
     here = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}
+    plain = {name: value for name, value in os.environ.items() if name not in {SIGNING_KEY, STORAGE_OPTIONS}}
+    return {**plain, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}

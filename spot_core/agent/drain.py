@@ -1,5 +1,6 @@
 """Drain: bring local commits to the remote tier, newest first, and keep both tiers within their limits.
 
+Local commits are those of the local folder and those that a full disk sent to the overflow in memory.
 One checkpoint at a time: verify the local bytes, upload, read back size and digest, and only then create the
 remote manifest. A checkpoint that another one pins (the best model) goes before it. Checkpoints that retention
 would delete at once are not uploaded: a newer one has made them worthless.
@@ -7,15 +8,17 @@ would delete at once are not uploaded: a newer one has made them worthless.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierError
+from spot_core.errors import CommitConflictError, CorruptCheckpointError, NewerFormatError, TierError
 from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier, check_record
 
@@ -36,8 +39,9 @@ class Drain:
         keep_local: int,
         keep_remote: int,
         keep_every: int | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
-        self._local, self._remote = local, remote
+        self._local, self._remote, self._overflow = local, remote, overflow or Overflow(None)
         self._incarnation = incarnation
         self._keep_local, self._keep_remote, self._keep_every = keep_local, keep_remote, keep_every
         self._durable: set[CheckpointName] = set()
@@ -45,6 +49,9 @@ class Drain:
         self._is_remote_listed = False
         self._refused: set[CheckpointName] = set()
         self._pins: dict[CheckpointName, CheckpointName | None] = {}
+        self._readable: set[CheckpointName] = set()
+        self._newer: set[CheckpointName] = set()
+        self._is_local_known = True
 
     @property
     def durable(self) -> frozenset[CheckpointName]:
@@ -62,17 +69,32 @@ class Drain:
     def pending(self) -> list[CheckpointName]:
         """Local commits worth uploading, in order of value. Raises TierError."""
         self._list_remote()
-        local = resume.names(self._local)
+        local = sorted(self._here(), reverse=True)
         stay = self._pinned(local) | self._lasting(local)
         worthless = set(
             retention.superseded({*local, *self._durable}, keep=self._keep_remote, durable=self._durable, pinned=stay)
         )
         return [name for name in local if name not in self._durable | self._refused | worthless]
 
+    def _here(self) -> dict[CheckpointName, PosixTier]:
+        """Every local commit, with the tier that holds it. Raises TierError."""
+        self._overflow.hold()
+        tier = self._overflow.tier
+        found = dict.fromkeys(resume.names(tier), tier) if tier is not None else {}
+        try:
+            found.update(dict.fromkeys(resume.names(self._local), self._local))
+            self._is_local_known = True
+        except TierError as error:
+            # What is only there may come back: until then nothing that it could refer to is deleted.
+            self._is_local_known = False
+            if not found and error.errno != errno.ENOTDIR:
+                raise
+        return found
+
     def _list_remote(self) -> None:
         # At first use, not at construction: a remote that is down then is retried like at any other time.
         if not self._is_remote_listed:
-            self._durable.update(resume.names(self._remote))
+            self._durable.update(resume.sound_names(self._remote))
             self._completed.update(resume.completions(self._remote))
             self._is_remote_listed = True
 
@@ -89,20 +111,27 @@ class Drain:
         pinned = self._pin(name)
         if pinned in pending:
             name = pinned
+        tier = self._here().get(name)
+        if tier is None:
+            return self.step(on_progress)
         try:
-            manifest = resume.read_manifest(self._local, name)
-            resume.verify(self._local, manifest)
+            manifest = resume.read_manifest(tier, name)
+            resume.verify(tier, manifest)
         except (CorruptCheckpointError, FileNotFoundError) as error:
+            if name not in self._here():
+                logger.debug("local checkpoint %s was deleted to make room before it was drained", name)
+                return self.step(on_progress)
             # Never upload what would not restore. The next local commit takes its place.
             self._refused.add(name)
-            logger.error("local checkpoint %s is damaged and is not drained: %s", name, error)
+            what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
+            logger.error("local checkpoint %s is %s and is not drained: %s", name, what, error)
             return self.step(on_progress)
-        self._upload(manifest, on_progress)
+        self._upload(tier, manifest, on_progress)
         self._durable.add(name)
         self.prune()
         return name, time.time() - manifest.created
 
-    def _upload(self, manifest: Manifest, on_progress: OnProgress) -> None:
+    def _upload(self, local: PosixTier, manifest: Manifest, on_progress: OnProgress) -> None:
         incarnation.check_fence(self._remote, self._incarnation)
         if self._is_on_remote(manifest):
             return
@@ -116,7 +145,7 @@ class Drain:
         def copy(file: FileRecord) -> None:
             path = f"{folder}/{file.path}"
             try:
-                self._remote.upload(self._local.path(path), path, on_bytes)
+                self._remote.upload(local.path(path), path, on_bytes)
                 check_record(self._remote.record(path), file, f"{self._remote.url}/{folder}")
             except FileNotFoundError as error:
                 # Taken by the agent of a newer life: the next attempt meets its fence.
@@ -145,7 +174,8 @@ class Drain:
         return True
 
     def _drain_completions(self) -> None:
-        ended = resume.completions(self._local)
+        tiers = [tier for tier in (self._overflow.tier, self._local if self._is_local_known else None) if tier]
+        ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
         for name in ended.keys() - self._completed:
             if name in self._durable:
                 resume.mark_complete(self._remote, name, ended[name])
@@ -153,16 +183,43 @@ class Drain:
 
     def prune(self) -> None:
         """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
-        local = resume.names(self._local)
+        local = self._here()
+        self._clear_overflow(local)
+        if not self._is_local_known:
+            return
         pinned = self._pinned(local)
         lasting = pinned | self._lasting(local)
         # A backlog may be longer than keep_local and still be wanted on the remote.
         wanted = pinned.union(self.pending())
         for tier, keep, stay in ((self._remote, self._keep_remote, lasting), (self._local, self._keep_local, wanted)):
-            doomed = retention.superseded(resume.names(tier), keep=keep, durable=self._durable, pinned=stay)
+            names = resume.names(tier)
+            # What somebody else put there takes the place of nothing.
+            present = [name for name in names if name in self._durable] if tier is self._remote else names
+            doomed = retention.superseded(present, keep=keep, durable=self._durable, pinned=stay)
+            doomed = [name for name in doomed if self._is_readable(tier, name)]
             retention.delete_checkpoints(tier, doomed)
             if tier is self._remote:
                 self._durable -= set(doomed)
+
+    def _clear_overflow(self, local: Collection[CheckpointName]) -> None:
+        # Until this life has committed something itself, its trainer may still be loading what it resumed from.
+        if any(name.incarnation == self._incarnation for name in {*local, *self._durable}):
+            self._overflow.clear(but=self.pending())
+
+    def _is_readable(self, tier: Tier, name: CheckpointName) -> bool:
+        """Whether this release can tell what it deletes: what a newer one committed is for that one to delete."""
+        if name not in self._readable:
+            try:
+                resume.read_manifest(tier, name)
+            except NewerFormatError as error:
+                if name not in self._newer:
+                    self._newer.add(name)
+                    logger.warning("checkpoint %s stays where it is: %s", name, error)
+                return False
+            except (CorruptCheckpointError, FileNotFoundError):
+                pass
+            self._readable.add(name)
+        return True
 
     def _pinned(self, local: Collection[CheckpointName]) -> set[CheckpointName]:
         """What the checkpoints that stay refer to: kept on either tier, or still to be drained."""
@@ -182,9 +239,12 @@ class Drain:
         return {pin for pin in map(self._pin, names) if pin is not None}
 
     def _pin(self, name: CheckpointName) -> CheckpointName | None:
-        for tier in (self._local, self._remote):
+        tiers: tuple[Tier | None, ...] = (self._local if self._is_local_known else None, self._overflow.tier)
+        for tier in (*tiers, self._remote):
             if name in self._pins:
                 break
+            if tier is None:
+                continue
             try:
                 self._pins[name] = resume.read_manifest(tier, name).pins
             except FileNotFoundError:

@@ -4,7 +4,8 @@
     000003.outcome.json  trainer -> agent: how the trainer ended, if it could say so
     000003.agent.json    agent -> trainer: what is durable, what is being drained, the last failure
 
-Each file has one writer. The JSON files are replaced whole; no fsync, since they matter only on this boot.
+Each file has one writer. The JSON files are replaced whole; no fsync, since they matter only on this boot. What the
+local folder does not take, since it is full or gone, goes to the overflow; of two the newer one counts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from spot_core.store import layout
+from spot_core.store.overflow import Overflow
 
-_PROGRESS = struct.Struct("<qdqq480s")
+_TEXT_BYTES = 480
+_PROGRESS = struct.Struct(f"<qdqq{_TEXT_BYTES}s{_TEXT_BYTES}s")
 _SHORTEST = struct.calcsize("<qdq")
 
 
@@ -28,6 +31,7 @@ class Progress:
     """Where training is: last completed step, useful seconds over all lives, step this life resumed from.
 
     failures: checkpoints of this life that could not be committed locally. failure: why, if the last one could not.
+    remote_only: why checkpoints go to the remote without the local disk, empty if they do not.
     """
 
     step: int
@@ -35,9 +39,11 @@ class Progress:
     resumed_step: int
     failures: int = 0
     failure: str = ""
+    remote_only: str = ""
 
     def pack(self) -> bytes:
-        return _PROGRESS.pack(self.step, self.useful_s, self.resumed_step, self.failures, self.failure.encode())
+        texts = (self.failure.encode(), self.remote_only.encode())
+        return _PROGRESS.pack(self.step, self.useful_s, self.resumed_step, self.failures, *texts)
 
     @classmethod
     def unpack(cls, data: bytes) -> Progress:
@@ -45,8 +51,8 @@ class Progress:
         if len(data) < _SHORTEST:
             raise struct.error(f"{len(data)} bytes are no progress")
         full = data[: _PROGRESS.size].ljust(_PROGRESS.size, b"\0")
-        step, useful_s, resumed_step, failures, failure = _PROGRESS.unpack(full)
-        return cls(step, useful_s, resumed_step, failures, failure.rstrip(b"\0").decode(errors="ignore"))
+        step, useful_s, resumed_step, failures, *texts = _PROGRESS.unpack(full)
+        return cls(step, useful_s, resumed_step, failures, *(_text(text) for text in texts))
 
 
 @dataclass(slots=True)
@@ -78,8 +84,9 @@ class AgentStatus:
 class Journal:
     """The journal of one life."""
 
-    def __init__(self, root: Path, incarnation: int) -> None:
+    def __init__(self, root: Path, incarnation: int, overflow: Overflow | None = None) -> None:
         self._folder = root / layout.JOURNAL
+        self._overflow = overflow or Overflow(None)
         self._stem = f"{incarnation:06d}"
         self._descriptor: int | None = None
 
@@ -129,22 +136,45 @@ class Journal:
             return None
 
     def write_outcome(self, outcome: str) -> None:
-        _replace(self._file("outcome.json"), {"outcome": outcome})
+        """Trainer: how it ended. Raises OSError if neither place takes it."""
+        self._write("outcome.json", {"outcome": outcome})
 
     def read_outcome(self) -> str | None:
-        body = _read(self._file("outcome.json"))
+        body = self._read("outcome.json")
         return str(body["outcome"]) if body else None
 
-    def write_status(self, status: AgentStatus) -> None:
-        _replace(self._file("agent.json"), asdict(status))
+    def write_status(self, status: AgentStatus) -> bool:
+        """Agent: returns whether it is in the local folder. Raises OSError if neither place takes it."""
+        return self._write("agent.json", asdict(status))
 
     def read_status(self) -> AgentStatus | None:
-        body = _read(self._file("agent.json"))
+        body = self._read("agent.json")
         return AgentStatus(**{slot: body[slot] for slot in AgentStatus.__slots__ if slot in body}) if body else None
 
     @property
     def log_path(self) -> Path:
         return self._file("agent.log")
+
+    def _write(self, suffix: str, body: dict[str, Any]) -> bool:
+        try:
+            _replace(self._file(suffix), body)
+            return True
+        except OSError:
+            if self._overflow.folder is None:
+                raise
+        _replace(self._overflow.make().path(f"{layout.JOURNAL}/{self._stem}.{suffix}"), body)
+        return False
+
+    def _read(self, suffix: str) -> dict[str, Any] | None:
+        places = [self._file(suffix)]
+        if (tier := self._overflow.tier) is not None:
+            places.append(tier.path(f"{layout.JOURNAL}/{self._stem}.{suffix}"))
+        found = [(_written_ns(place), body) for place in places if (body := _read(place)) is not None]
+        return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode(errors="ignore")
 
 
 def _replace(path: Path, body: dict[str, Any]) -> None:
@@ -156,6 +186,13 @@ def _replace(path: Path, body: dict[str, Any]) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _written_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spot_core.errors import CorruptCheckpointError
 from spot_core.store import layout
 from spot_core.store.tier import Tier
 
 logger = logging.getLogger(__name__)
 
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    FileNotFoundError,
+    CorruptCheckpointError,
+)
 # Lives read at start; older ones have been forgotten by the estimator anyway.
 _MOST_LIVES = 200
 
@@ -57,8 +68,19 @@ class Life:
 
     @classmethod
     def from_json(cls, data: bytes) -> Life:
+        """Raises ValueError, TypeError or KeyError if a field is missing or of another kind."""
         body: dict[str, Any] = json.loads(data)
-        return cls(**{slot: body[slot] for slot in cls.__slots__ if slot in body})
+        life = cls(**{slot: body[slot] for slot in cls.__slots__ if slot in body})
+        numbers = (life.incarnation, life.resumed_step, life.step)
+        seconds = (life.started, life.heartbeat, life.useful_s)
+        texts = (life.host, life.boot_id, life.outcome, life.newest_durable or "")
+        if not (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in seconds)
+            and all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError("a field has the wrong type, or a value that none can have")
+        return life
 
 
 def read_lives(tier: Tier, *, most: int = _MOST_LIVES) -> list[Life]:
@@ -72,6 +94,6 @@ def read_lives(tier: Tier, *, most: int = _MOST_LIVES) -> list[Life]:
 def _read_life(tier: Tier, entry: str) -> Life | None:
     try:
         return Life.from_json(tier.read(f"{layout.LIVES}/{entry}"))
-    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
-        logger.warning("life record %s/%s is not readable and is left out: %r", layout.LIVES, entry, error)
+    except _UNREADABLE as error:
+        logger.warning("life record %s/%s is not readable and is left out: %.300r", layout.LIVES, entry, error)
         return None

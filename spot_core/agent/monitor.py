@@ -37,8 +37,9 @@ class AgentMonitor:
         self._counted: set[str] = set()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spot-monitor", daemon=True)
-        self._newest_local: CheckpointName | None = None
-        self._pending_since: float | None = None
+        self._waiting: deque[tuple[CheckpointName, float]] = deque()
+        self._reading, self._reviving = threading.Lock(), threading.Lock()
+        self._revive_after = 0.0
         self.uploads: deque[float] = deque()
         self.fence: str | None = None
 
@@ -63,15 +64,16 @@ class AgentMonitor:
 
     @property
     def pending_s(self) -> float | None:
-        """How long the oldest commit not yet durable has waited, None if there is none."""
-        since = self._pending_since
-        return None if since is None else time.monotonic() - since
+        """How long the oldest commit newer than what is durable has waited, None if there is none."""
+        try:
+            _, since = self._waiting[0]
+        except IndexError:
+            return None
+        return time.monotonic() - since
 
     def committed(self, name: CheckpointName) -> None:
         """Writer thread: a checkpoint was committed locally."""
-        self._newest_local = name
-        if self._pending_since is None:
-            self._pending_since = time.monotonic()
+        self._waiting.append((name, time.monotonic()))
 
     def wait_durable(self, name: CheckpointName, deadline: float) -> bool:
         """Wait until `name` is durable on the remote, at most until `deadline` (monotonic seconds)."""
@@ -84,9 +86,18 @@ class AgentMonitor:
             time.sleep(_WAIT_S)
 
     def wait_ended(self, deadline: float) -> None:
-        """Wait until the agent has drained everything and ended, with a progress bar while it uploads."""
+        """Wait until the agent has drained everything and ended, with a progress bar while it uploads.
+
+        Nothing else watches it any more: if it is killed now, it is started again from here.
+        """
+        self._revive_after = 0.0
         with byte_bar("draining", is_in_logs=True) as on_progress:
-            while self._client.exit_code() is None and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                code = self._client.exit_code()
+                if code is not None and not _is_crash(code):
+                    break
+                if code is not None:
+                    self._revive()
                 self._read()
                 if self._status.draining:
                     on_progress(self._status.done_bytes, self._status.total_bytes)
@@ -94,13 +105,18 @@ class AgentMonitor:
         self._read()
 
     def _watch(self) -> None:
-        restart_after = 0.0
         while not self._closed.wait(_EVERY_S):
             self._read()
+            if self.fence is None:
+                self._revive()
+
+    def _revive(self) -> None:
+        """Start an agent that has ended again, no sooner than `_RESTART_EVERY_S` after the last time."""
+        with self._reviving:
             code = self._client.exit_code()
-            if code is None or self.fence is not None or time.monotonic() < restart_after:
-                continue
-            restart_after = time.monotonic() + _RESTART_EVERY_S
+            if code is None or time.monotonic() < self._revive_after:
+                return
+            self._revive_after = time.monotonic() + _RESTART_EVERY_S
             try:
                 logger.warning("the agent ended with code %s, starting it again", code)
                 self._client.restart()
@@ -108,9 +124,12 @@ class AgentMonitor:
                 logger.warning("the agent could not be started, checkpoints stay local for now: %s", error)
 
     def _read(self) -> None:
-        status = self._journal.read_status()
-        if status is None:
-            return
+        with self._reading:  # a wait at the end of training reads beside the thread
+            status = self._journal.read_status()
+            if status is not None:
+                self._take(status)
+
+    def _take(self, status: AgentStatus) -> None:
         if status.is_drain_failing and not self._status.is_drain_failing:
             logger.warning("drain failed, training goes on and the drain is retried: %s", status.last_failure)
         self._status = status
@@ -118,6 +137,12 @@ class AgentMonitor:
         self._counted = set(status.drained)
         if status.fence is not None:
             self.fence = status.fence
-        newest = self._newest_local
-        if newest is None or str(newest) == status.newest_durable:
-            self._pending_since = None
+        durable = self.newest_durable
+        # Older ones need no upload any more. Commits are appended in this order meanwhile.
+        while durable is not None and self._waiting and self._waiting[0][0] <= durable:
+            self._waiting.popleft()
+
+
+def _is_crash(code: int) -> bool:
+    """Whether an agent was ended by a signal or an exception, as opposed to its own decision."""
+    return code < 0 or code == 1

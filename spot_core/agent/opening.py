@@ -6,22 +6,24 @@ write to the remote, so that a wrong folder or a missing permission is an error 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import stamina
 
 from spot_core.agent.lives import Life, read_lives
-from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError, TierError
+from spot_core.errors import ConfigError, CorruptCheckpointError, SpotError, TierDeniedError, TierError, is_full
 from spot_core.store import identity as identities
-from spot_core.store import incarnation, resume, retention
+from spot_core.store import incarnation, resume, retention, volume
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
-from spot_core.store.posix import PosixTier
-from spot_core.store.resume import OnProgress, Restored
+from spot_core.store.overflow import Overflow
+from spot_core.store.posix import PosixTier, check_usable
+from spot_core.store.resume import FindRoom, OnProgress, Restored
 from spot_core.store.tier import ObjectStore, Tier
 
 logger = logging.getLogger(__name__)
@@ -30,13 +32,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Opened:
     """An opened run. incarnation is None if training ended at the restored checkpoint: a finished run claims
-    nothing. max_steps: what it was to last then."""
+    nothing. max_steps: what it was to last then. overflow: of the run, where a checkpoint may have been restored to."""
 
     incarnation: int | None
     restored: Restored | None
     pin: CheckpointName | None
     lives: list[Life]
     max_steps: int | None = None
+    overflow: Overflow = field(default_factory=lambda: Overflow(None))
 
 
 def open_run(
@@ -51,13 +54,25 @@ def open_run(
 ) -> Opened:
     """Check, restore and claim, retrying an unreachable remote for `timeout_s` seconds.
 
-    Raises ConfigError (another run lives here), TierDeniedError, TierError (unreachable to the end),
-    CorruptCheckpointError (checkpoints exist, none is valid).
+    Raises ConfigError (another run lives here, the local folder has no room), TierDeniedError, TierError (unreachable
+    to the end), CorruptCheckpointError (checkpoints exist, none is valid).
     """
+
+    def attempt() -> Opened:
+        try:
+            return _open_once(local, remote, identity, is_resumed, started, on_progress=on_progress)
+        except TierError as error:
+            if local.root.exists():
+                check_usable(local.root, 0)  # what is wrong with the local folder must not be blamed on the remote
+            if is_full(error):
+                raise ConfigError(
+                    f"a disk or a quota is full: {error.strerror or error}. Training was not started and nothing was "
+                    "deleted. Free space there, then run the same command again."
+                ) from error
+            raise
+
     try:
-        return _retried(
-            timeout_s, lambda: _open_once(local, remote, identity, is_resumed, started, on_progress=on_progress)
-        )
+        return _retried(timeout_s, attempt)
     except TierError as error:
         if isinstance(error, TierDeniedError):
             raise TierDeniedError(
@@ -72,12 +87,12 @@ def open_run(
 
 
 def newest_manifest(local: PosixTier, remote: Tier) -> Manifest | None:
-    """The newest checkpoint's manifest, wherever it is; its files are not verified. Raises TierError."""
+    """The newest manifest that can be read, wherever it is; its files are not verified. Raises TierError."""
     found = [(name, tier) for tier in (local, remote) for name in resume.names(tier)]
-    if not found:
-        return None
-    name, tier = max(found, key=lambda each: each[0])
-    return resume.read_manifest(tier, name)
+    for name, tier in sorted(found, key=lambda each: each[0], reverse=True):
+        with contextlib.suppress(CorruptCheckpointError, FileNotFoundError):
+            return resume.read_manifest(tier, name)
+    return None
 
 
 def claim(local: PosixTier, remote: Tier, identity: RunIdentity, *, started: float, timeout_s: float) -> int:
@@ -112,30 +127,94 @@ def _open_once(
     on_progress: OnProgress,
 ) -> Opened:
     # Listing first: on an object store it is what tells a missing bucket from an empty run.
-    newest = _newest_name(local, remote)
+    is_any = _newest_name(local, remote, Overflow(None)) is not None
     stored = identities.read_run(remote)
     identities.check_identity(stored, identity, remote.url)
     identities.check_same_run(local, stored)
-    if newest is not None and stored is None:
+    if is_any and stored is None:
         raise ConfigError(f"{remote.url} holds checkpoints but no run.json: it is not a run's folder")
-    restored = resume.newest_valid(local, remote, on_progress) if is_resumed else None
-    pin = _fetch_pin(restored, local, remote, on_progress)
-    ended = {**resume.completions(local), **resume.completions(remote)}
+    overflow = Overflow.of(remote, stored["run_id"]) if stored is not None else Overflow(None)
+    overflow.hold()  # before the look at what is there
+    newest = _newest_name(local, remote, overflow)
+    restored = _restore(local, overflow, remote, on_progress) if is_resumed else None
+    _tell_unchecked(restored, remote)
+    pin = _fetch_pin(restored, local, overflow, remote, on_progress)
+    tiers: list[Tier] = [tier for tier in (local, overflow.tier, remote) if tier is not None]
+    ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
     if restored is not None and restored.manifest.name in ended:
-        return Opened(None, restored, pin, [], ended[restored.manifest.name])
+        return Opened(None, restored, pin, [], ended[restored.manifest.name], overflow)
     number = _claim_once(local, remote, identity, started)
-    if is_resumed and _newest_name(local, remote) != newest:
+    if is_resumed and _newest_name(local, remote, overflow) != newest:
         # The life before this one committed once more before it saw the claim.
-        restored = resume.newest_valid(local, remote, on_progress)
-        pin = _fetch_pin(restored, local, remote, on_progress)
-    retention.sweep_orphans(local, resume.names(local), before_incarnation=number)
+        restored = _restore(local, overflow, remote, on_progress)
+        pin = _fetch_pin(restored, local, overflow, remote, on_progress)
+    if stored is None:
+        overflow = overflow_of(local, remote)
+    for near in filter(None, (local, overflow.tier)):
+        retention.sweep_orphans(near, resume.names(near), before_incarnation=number)
     # The agent of the life right before may be between its last look at the fence and its manifest: what looks like
     # its orphan is left to the next life.
     retention.sweep_orphans(remote, resume.names(remote), before_incarnation=number - 1)
     if isinstance(remote, ObjectStore):
         remote.sweep_uploads(before_incarnation=number)
     lives = [life for life in read_lives(remote) if life.incarnation < number]
-    return Opened(number, restored, pin, lives)
+    return Opened(number, restored, pin, lives, overflow=overflow)
+
+
+def overflow_of(local: PosixTier, remote: Tier) -> Overflow:
+    """The overflow of the run that `local` belongs to; none if its folder is gone."""
+    stored = identities.read_run(local)
+    return Overflow.of(remote, stored["run_id"]) if stored is not None else Overflow(None)
+
+
+def clear_finished(overflow: Overflow, local: PosixTier, remote: Tier) -> None:
+    """Give back the memory that the lives of a finished run left taken; what is not durable stays."""
+    try:
+        newest = max(resume.sound_names(remote), default=None)
+        kept = [name for name in overflow.names() if newest is None or name > newest]
+        overflow.remove(incarnation.newest(local), but=kept)
+    except (SpotError, OSError) as error:
+        logger.debug("%s not cleared: %s", overflow.folder, error)
+
+
+def _restore(local: PosixTier, overflow: Overflow, remote: Tier, on_progress: OnProgress) -> Restored | None:
+    find_room = _room_for(local, overflow, remote)
+    return resume.newest_valid(local, remote, on_progress, overflow=overflow.tier, find_room=find_room)
+
+
+def _room_for(local: PosixTier, overflow: Overflow, remote: Tier) -> FindRoom:
+    """Where a download has room. Local copies that are damaged or superseded go first, if they are durable."""
+
+    def find(manifest: Manifest) -> PosixTier:
+        durable = set(resume.sound_names(remote))
+        pinned = {manifest.pins} if manifest.pins is not None else set()
+        try:
+            volume.make_room(local, manifest.total_bytes, durable=durable, pinned=pinned, replaced=manifest.name)
+            return local
+        except TierError as full:
+            try:
+                tier = overflow.make_room(manifest.total_bytes)
+            except TierError as short:
+                raise ConfigError(
+                    f"checkpoint {manifest.name} of {remote.url} cannot be restored: {full.strerror}; nor is there "
+                    f"room in memory: {short.strerror}. Training was not started. The checkpoint is on the remote; "
+                    "here only copies of what is there were deleted. Free space or set local= (SPOT_LOCAL) to a larger "
+                    "disk of this instance, then run the same command again."
+                ) from full
+            logger.warning("%s: checkpoint %s is restored to memory (%s)", full.strerror, manifest.name, tier.url)
+            return tier
+
+    return find
+
+
+def _tell_unchecked(restored: Restored | None, remote: Tier) -> None:
+    if restored is not None and restored.manifest.is_signed and not remote.signing.keys:
+        logger.warning(
+            "the checkpoints of %s are signed, and this life has no key: their digests are verified, their signatures "
+            "are not, and what it commits is not signed, so that a later life with the key refuses it. Set "
+            "SPOT_SIGNING_KEY or signing_key_file",
+            remote.url,
+        )
 
 
 def _claim_once(local: PosixTier, remote: Tier, identity: RunIdentity, started: float) -> int:
@@ -147,12 +226,12 @@ def _claim_once(local: PosixTier, remote: Tier, identity: RunIdentity, started: 
     return number
 
 
-def _newest_name(local: PosixTier, remote: Tier) -> CheckpointName | None:
-    return max([*resume.names(remote), *resume.names(local)], default=None)
+def _newest_name(local: PosixTier, remote: Tier, overflow: Overflow) -> CheckpointName | None:
+    return max([*resume.names(remote), *resume.names(local), *overflow.names()], default=None)
 
 
 def _fetch_pin(
-    restored: Restored | None, local: PosixTier, remote: Tier, on_progress: OnProgress
+    restored: Restored | None, local: PosixTier, overflow: Overflow, remote: Tier, on_progress: OnProgress
 ) -> CheckpointName | None:
     """Bring the checkpoint that the restored one refers to; a run goes on without it, and says so."""
     manifest: Manifest | None = restored.manifest if restored else None
@@ -166,6 +245,8 @@ def _fetch_pin(
             remote,
             here=name in resume.names(local),
             there=name in resume.names(remote),
+            overflow=overflow.tier if name in overflow.names() else None,
+            find_room=_room_for(local, overflow, remote),
             on_progress=on_progress,
         )
     except CorruptCheckpointError as error:

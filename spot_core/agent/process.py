@@ -24,6 +24,7 @@ from spot_core.agent.lives import Life
 from spot_core.errors import FencedError, SpotError
 from spot_core.store import incarnation, layout
 from spot_core.store.layout import CheckpointName
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
 
@@ -34,6 +35,7 @@ HEARTBEAT_S = 60.0
 LINGER_S = 900.0
 _STATUS_EVERY_S = 0.2
 _SHOWN_DRAINS = 50
+_LEAVING_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 EXIT_DRAINED = 0
@@ -57,10 +59,12 @@ class Agent:
         started: float,
         resumed_step: int,
         is_trainer_alive: Callable[[], bool],
+        overflow: Overflow | None = None,
     ) -> None:
         self._local, self._remote, self._drain = local, remote, drain
+        self._overflow = overflow or Overflow(None)
         self._is_trainer_alive = is_trainer_alive
-        self._journal = Journal(local.root, number)
+        self._journal = Journal(local.root, number, self._overflow)
         self._status = AgentStatus(pid=os.getpid())
         self._status_written = 0.0
         self._reported: str | None = None
@@ -88,7 +92,8 @@ class Agent:
             heart.join(timeout=5)
         self._record(outcome)
         self._status.is_finished = True
-        self._publish(force=True)
+        is_told = self._publish(force=True)
+        self._give_memory_back(code, is_told=is_told)
         logger.info("life %d ended: %s", self._life.incarnation, outcome)
         return code
 
@@ -160,14 +165,34 @@ class Agent:
             logger.warning("drain failed, training goes on and the drain is retried: %s", error)
         self._publish(force=True)
 
-    def _publish(self, *, force: bool = False) -> None:
+    def _publish(self, *, force: bool = False) -> bool:
+        """Write the status, now and then. Returns whether it is in the local folder now."""
         now = time.monotonic()
         if force or now - self._status_written >= _STATUS_EVERY_S:
             self._status_written = now
             try:
-                self._journal.write_status(self._shown())
-            except OSError as error:
+                return self._journal.write_status(self._shown())
+            except (OSError, SpotError) as error:
                 logger.debug("status not written: %s", error)
+        return False
+
+    def _give_memory_back(self, code: int, *, is_told: bool) -> None:
+        """Delete this life's part of the overflow, but for what is durable nowhere: that stays until the next boot."""
+        number = self._life.incarnation
+        kept: list[CheckpointName] = []
+        if code == EXIT_GAVE_UP:
+            durable = self._drain.newest_durable
+            kept = [name for name in self._overflow.names() if durable is None or name > durable]
+            if kept:
+                names = ", ".join(map(str, kept))
+                logger.error("%s: only in memory (%s), until the next boot", names, self._overflow.folder)
+        # A trainer that could not be told otherwise reads the last status there, and clears up after that.
+        is_read_there = not is_told and self._is_trainer_alive()
+        deadline = time.monotonic() + _LEAVING_S
+        while not self._overflow.remove(number, but=kept, is_journal_kept=is_read_there):
+            if time.monotonic() > deadline:
+                return  # another life's agent holds it, and deletes it in the end
+            time.sleep(POLL_S)
 
     def _shown(self) -> AgentStatus:
         """The status with what the trainer could not commit locally: `spot status` shows one list of failures."""

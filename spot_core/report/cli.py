@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import sys
 import time
@@ -22,12 +23,14 @@ from rich.console import Console
 from rich.text import Text
 
 from spot_core.chaos.command import chaos
-from spot_core.config import storage_options_from
+from spot_core.config import describe_key_file, shown, signing_keys_from, storage_options_from
 from spot_core.errors import ConfigError, FencedError, SpotError
 from spot_core.progress import byte_bar
 from spot_core.report import draining, places, prune, repair, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
 from spot_core.report.log import make_visible
+
+logger = logging.getLogger(__name__)
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_FENCED = 1, 2, 4
 
@@ -35,7 +38,7 @@ app = typer.Typer(
     name="spot",
     help="Runs on spot GPUs: what is stored, whether it is whole, and how to get it back.",
     epilog="URL is any fsspec URL or a path. SPOT_STORAGE_OPTIONS holds the file system's options, such as "
-    "credentials, as a JSON object.\n\n"
+    "credentials, as a JSON object. SPOT_SIGNING_KEY holds the key of a run whose manifests are signed.\n\n"
     "Exit codes: 0 done, 1 damage or storage that does not answer, 2 wrong call or place, 4 a newer life exists.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,6 +55,15 @@ KeepEvery = Annotated[
         min=1,
         envvar="SPOT_KEEP_EVERY",
         help="Besides, keep the first checkpoint at or after each multiple of N steps. Default: none of them.",
+    ),
+]
+KeyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--signing-key-file",
+        metavar="FILE",
+        envvar="SPOT_SIGNING_KEY_FILE",
+        help="Keys, one a line, one of which must have signed the manifests. Or SPOT_SIGNING_KEY.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines: units in the names, keys stay.")]
@@ -73,20 +85,20 @@ def spot(
 
 
 @app.command()
-def ls(url: AnyUrl, as_json: AsJson = False) -> None:
+def ls(url: AnyUrl, key_file: KeyFile = None, as_json: AsJson = False) -> None:
     """List the runs under a root, or the checkpoints of a run, newest first."""
     now = time.time()
-    run, below = places.open_runs(url, _options())
+    run, below = places.open_runs(url, _options(), _keys(key_file))
     if run is None:
         views = places.in_parallel(lambda each: runs.summary(each, now=now), below)
         if as_json:
-            _print_json({"url": url, "runs": [dataclasses.asdict(view) for view in views]})
+            _print_json({"url": shown(url), "runs": [dataclasses.asdict(view) for view in views]})
         else:
             tables.show(tables.runs_table(views))
         return
     stored = runs.checkpoints(run.tier, now=now)
     if as_json:
-        _print_json({"url": url, "run": run.name, "checkpoints": [dataclasses.asdict(view) for view in stored]})
+        _print_json({"url": shown(url), "run": run.name, "checkpoints": [dataclasses.asdict(view) for view in stored]})
     else:
         tables.show(tables.checkpoints_table(stored))
 
@@ -97,10 +109,11 @@ def show_status(
     local: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's local folder: shows what is not drained yet.")
     ] = None,
+    key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how a run stands: its lives, what is durable, what is at risk, and its goodput."""
-    view = status.status(places.open_run(url, _options()), local, now=time.time())
+    view = status.status(places.open_run(url, _options(), _keys(key_file)), local, now=time.time())
     if as_json:
         _print_json(dataclasses.asdict(view))
     else:
@@ -108,16 +121,16 @@ def show_status(
 
 
 @app.command("verify")
-def verify_stored(url: AnyUrl, as_json: AsJson = False) -> None:
+def verify_stored(url: AnyUrl, key_file: KeyFile = None, as_json: AsJson = False) -> None:
     """Read every file of every checkpoint back and compare it with its manifest. Exits 1 if anything is damaged."""
-    run, below = places.open_runs(url, _options())
+    run, below = places.open_runs(url, _options(), _keys(key_file))
     views = []
     for each in below if run is None else [run]:
         with byte_bar(f"verifying {each.name}") as on_progress:
             views.append(verify.verify_run(each, on_progress))
     if as_json:
         body = [{**dataclasses.asdict(view), "is_sound": view.is_sound} for view in views]
-        _print_json({"url": url, "is_sound": all(view.is_sound for view in views), "runs": body})
+        _print_json({"url": shown(url), "is_sound": all(view.is_sound for view in views), "runs": body})
     else:
         tables.show(tables.verify_report(views))
     if not all(view.is_sound for view in views):
@@ -132,9 +145,10 @@ def restore(
         str | None, typer.Option(metavar="NAME", help="A name that `spot ls` shows. Default: the newest valid one.")
     ] = None,
     step: Annotated[int | None, typer.Option(metavar="N", help="The checkpoint of this step.")] = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Download a verified checkpoint, as stock tools load it: DIR/checkpoint-N."""
-    tier = places.open_run(url, _options()).tier
+    tier = places.open_run(url, _options(), _keys(key_file)).tier
     choice = restoring.choose(tier, checkpoint=checkpoint, step=step)
     folder = to.expanduser().absolute()
     restored = restoring.restore(tier, folder, choice=choice, progress_bar=lambda: byte_bar("restoring"))
@@ -152,17 +166,22 @@ def prune_stored(
     ] = 2,
     keep_every: KeepEvery = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Delete a run's superseded checkpoints, never the newest one nor what one that stays refers to.
 
     The newest is read back whole first. Refused while a life of the run is active: its agent prunes by itself.
     """
-    tier = places.open_run(url, _options()).tier
+    tier = places.open_run(url, _options(), _keys(key_file)).tier
     with byte_bar("verifying the newest") as on_progress:
         plan = prune.plan(tier, keep=keep, keep_every=keep_every, now=time.time(), on_progress=on_progress)
     if not dry_run:
         prune.execute(tier, plan)
-    tables.show(tables.prune_report(plan, is_done=not dry_run))
+    if as_json:
+        _print_json({"url": url, "is_deleted": not dry_run, **plan.as_json()})
+    else:
+        tables.show(tables.prune_report(plan, is_done=not dry_run))
 
 
 @app.command("repair")
@@ -171,16 +190,21 @@ def repair_stored(
     source: Annotated[
         str, typer.Option("--from", metavar="URL", help="The run's other copy: its remote, or its local folder.")
     ],
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Mend damaged checkpoints from the run's other copy, where that one verifies. Exits 1 if any damage is left.
 
     What is damaged is set aside under damaged/ first. Refused while a life of the run is active.
     """
-    options = _options()
-    target, other = places.open_run(url, options), places.open_run(source, options)
+    options, keys = _options(), _keys(key_file)
+    target, other = places.open_run(url, options, keys), places.open_run(source, options, keys)
     with byte_bar(f"verifying {target.name}") as on_progress:
         result = repair.repair(target, other, now=time.time(), on_progress=on_progress)
-    tables.show(tables.repair_report(result, other.tier.url))
+    if as_json:
+        _print_json({"url": url, "from": source, **result.as_json()})
+    else:
+        tables.show(tables.repair_report(result, other.tier.url))
     if not result.is_whole:
         raise typer.Exit(EXIT_ERROR)
 
@@ -203,10 +227,17 @@ def agent(
         ),
     ] = None,
     keep_every: KeepEvery = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Drain a run's local folder to the remote by hand, or beside a trainer that shares the folder."""
     drain = draining.open_drain(
-        local, remote, _options(), keep_local=keep_local, keep_remote=keep_remote, keep_every=keep_every
+        local,
+        remote,
+        _options(),
+        keep_local=keep_local,
+        keep_remote=keep_remote,
+        keep_every=keep_every,
+        keys=_keys(key_file),
     )
     if once:
         drain.once()
@@ -238,6 +269,12 @@ def exit_code(error: SpotError) -> int:
 
 def _options() -> dict[str, Any]:
     return storage_options_from(os.environ)
+
+
+def _keys(file: str | None) -> tuple[str, ...]:
+    if (warning := describe_key_file(file)) is not None:
+        logger.warning("%s", warning)
+    return signing_keys_from(os.environ, file or None)
 
 
 def _message(error: SpotError) -> str:

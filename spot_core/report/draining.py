@@ -11,15 +11,17 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spot_core.agent import opening
 from spot_core.agent.drain import Drain
 from spot_core.config import absolute_url
 from spot_core.errors import CommitUnknownError, ConfigError, CorruptCheckpointError, TierError
 from spot_core.store import identity, incarnation, layout, resume
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier, open_tier
 
@@ -40,6 +42,7 @@ class HandDrain:
     keep_remote: int
     keep_every: int | None = None
     _drain: Drain | None = None
+    _overflow: Overflow = field(default_factory=lambda: Overflow(None))
     _incarnation: int = 0
 
     def once(self) -> None:
@@ -49,6 +52,7 @@ class HandDrain:
             raise ConfigError(f"{self.local.url} holds no run to drain: there is no {layout.RUN}")
         drain = self._opened()
         self._drain_all(drain)
+        self._overflow.remove(self._incarnation)
         if drain.refused:
             names = ", ".join(map(str, sorted(drain.refused)))
             raise CorruptCheckpointError(f"local checkpoint {names} is damaged and was not drained; all others were")
@@ -87,6 +91,7 @@ class HandDrain:
             identity.check_same_run(self.local, identity.read_run(self.remote))
             incarnation.check_fence(self.remote, number)
             self._incarnation = number
+            self._overflow = opening.overflow_of(self.local, self.remote)
             self._drain = Drain(
                 self.local,
                 self.remote,
@@ -94,6 +99,7 @@ class HandDrain:
                 keep_local=self.keep_local,
                 keep_remote=self.keep_remote,
                 keep_every=self.keep_every,
+                overflow=self._overflow,
             )
         return self._drain
 
@@ -110,14 +116,17 @@ def open_drain(
     keep_local: int | None,
     keep_remote: int | None,
     keep_every: int | None = None,
+    keys: tuple[str, ...] = (),
 ) -> HandDrain:
     """folder: the run's local folder, or the one above, shared by runs.
 
-    keep_local, keep_remote: None deletes nothing. keep_every: what stays on the remote besides.
+    keep_local, keep_remote: None deletes nothing. keep_every: what stays on the remote besides. keys: those that its
+    manifests must be signed with, if any.
     """
-    remote = open_tier(absolute_url(url), options)
+    remote = open_tier(absolute_url(url), options, keys)
     below = folder / remote.url.rpartition("/")[2]
-    local = PosixTier(below if not (folder / layout.RUN).exists() and (below / layout.RUN).exists() else folder)
+    place = below if not (folder / layout.RUN).exists() and (below / layout.RUN).exists() else folder
+    local = PosixTier(place, remote.signing)
     if isinstance(remote, PosixTier) and remote.root.resolve() == local.root.resolve():
         raise ConfigError(f"{local.url} is both the local folder and the remote")
     return HandDrain(local, remote, keep_local or KEEP_ALL, keep_remote or KEEP_ALL, keep_every)

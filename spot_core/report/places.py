@@ -34,13 +34,16 @@ class StoredRun:
         return self.tier.url.rpartition("/")[2]
 
 
-def open_run(url: str, options: Mapping[str, Any]) -> StoredRun:
-    """The run whose folder is at `url`. Raises ConfigError, saying what is there, if it is not a run's folder."""
-    tier, entries = _open(url, options)
+def open_run(url: str, options: Mapping[str, Any], keys: tuple[str, ...] = ()) -> StoredRun:
+    """The run whose folder is at `url`. Raises ConfigError, saying what is there, if it is not a run's folder.
+
+    keys: those that its manifests must be signed with, if any.
+    """
+    tier, entries = _open(url, options, keys)
     run = _run_at(tier) if layout.RUN in entries else None
     if run is not None:
         return run
-    runs = _runs_under(tier, entries, options)
+    runs = _runs_under(url, tier, entries, options, keys)
     if runs:
         raise ConfigError(
             f"{tier.url} is not a run's folder but holds {_listed(run.name for run in runs)}. Name one of them, such "
@@ -49,13 +52,15 @@ def open_run(url: str, options: Mapping[str, Any]) -> StoredRun:
     raise _nothing(tier, entries)
 
 
-def open_runs(url: str, options: Mapping[str, Any]) -> tuple[StoredRun | None, list[StoredRun]]:
+def open_runs(
+    url: str, options: Mapping[str, Any], keys: tuple[str, ...] = ()
+) -> tuple[StoredRun | None, list[StoredRun]]:
     """The run whose folder is at `url`, or else the runs directly under it. Raises ConfigError if there are none."""
-    tier, entries = _open(url, options)
+    tier, entries = _open(url, options, keys)
     run = _run_at(tier) if layout.RUN in entries else None
     if run is not None:
         return run, []
-    runs = _runs_under(tier, entries, options)
+    runs = _runs_under(url, tier, entries, options, keys)
     if not runs:
         raise _nothing(tier, entries)
     return None, runs
@@ -67,8 +72,8 @@ def in_parallel(function: Callable[[_A], _B], items: Iterable[_A]) -> list[_B]:
         return list(pool.map(function, items))
 
 
-def _open(url: str, options: Mapping[str, Any]) -> tuple[Tier, list[str]]:
-    tier = open_tier(absolute_url(url), options)
+def _open(url: str, options: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[Tier, list[str]]:
+    tier = open_tier(absolute_url(url), options, keys)
     if isinstance(tier, PosixTier) and tier.root.exists() and not tier.root.is_dir():
         raise ConfigError(f"{tier.url} is a file, not a run's folder")
     return tier, tier.list("")
@@ -79,13 +84,15 @@ def _run_at(tier: Tier) -> StoredRun | None:
     return StoredRun(tier, identity) if identity is not None else None
 
 
-def _runs_under(tier: Tier, entries: list[str], options: Mapping[str, Any]) -> list[StoredRun]:
+def _runs_under(
+    url: str, tier: Tier, entries: list[str], options: Mapping[str, Any], keys: tuple[str, ...]
+) -> list[StoredRun]:
     if isinstance(tier, PosixTier):
         entries = [entry for entry in entries if tier.path(entry).is_dir()]
 
     def look(entry: str) -> StoredRun | None:
         try:
-            below = open_tier(f"{tier.url}/{entry}", options)
+            below = open_tier(f"{absolute_url(url)}/{entry}", options, keys)
         except ConfigError:
             return None  # a name that no run can have
         try:

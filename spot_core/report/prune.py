@@ -7,10 +7,11 @@ what it could resume from stays in any case. A crash leaves at most a folder wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from spot_core.errors import ConfigError, CorruptCheckpointError, FencedError, TierError
+from spot_core.errors import ConfigError, CorruptCheckpointError, FencedError, NewerFormatError, TierError
 from spot_core.report import runs
 from spot_core.report.places import in_parallel
 from spot_core.report.units import count, size
@@ -41,6 +42,11 @@ class PrunePlan:
     def size_bytes(self) -> int:
         return sum(each.size_bytes or 0 for each in self.doomed)
 
+    def as_json(self) -> dict[str, Any]:
+        """For machines: what `spot prune --json` prints."""
+        doomed = [{"name": str(each.name), "size_bytes": each.size_bytes} for each in self.doomed]
+        return {"size_bytes": self.size_bytes, "superseded": doomed, "kept": [str(name) for name in self.kept]}
+
 
 def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progress: OnProgress) -> PrunePlan:
     """Find what may go, and read the newest checkpoint back if anything may. Deletes nothing.
@@ -56,8 +62,10 @@ def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progre
     number = incarnation.newest(tier)
     runs.check_no_active_life(tier, now=now, undone="deleted", advice="its agent prunes by itself")
     names = resume.names(tier)
-    manifests = dict(zip(names, in_parallel(lambda name: _manifest(tier, name), names), strict=True))
-    doomed = _superseded(tier, manifests, keep=keep, keep_every=keep_every)
+    read = dict(zip(names, in_parallel(lambda name: _manifest(tier, name), names), strict=True))
+    newer = [name for name in names if isinstance(read[name], NewerFormatError)]
+    manifests = {name: found if isinstance(found, Manifest) else None for name, found in read.items()}
+    doomed = _superseded(tier, manifests, keep=keep, keep_every=keep_every, newer=newer)
     if doomed:
         _verify_newest(tier, manifests[names[0]], on_progress)
     return PrunePlan(
@@ -90,13 +98,23 @@ def _so_far(found: PrunePlan, index: int) -> str:
 
 
 def _superseded(
-    tier: Tier, manifests: Mapping[CheckpointName, Manifest | None], *, keep: int, keep_every: int | None
+    tier: Tier,
+    manifests: Mapping[CheckpointName, Manifest | None],
+    *,
+    keep: int,
+    keep_every: int | None,
+    newer: Collection[CheckpointName],
 ) -> list[CheckpointName]:
     newest_first = sorted(manifests, reverse=True)
     milestones = retention.milestones(newest_first, every=keep_every)
     pinned = set()
     for name in {*newest_first[:keep], *milestones}:
         manifest = manifests[name]
+        if name in newer:
+            raise ConfigError(
+                f"checkpoint {name} in {tier.url} was committed by a newer release, so what it refers to is not known. "
+                "Nothing was deleted. Upgrade spot-callbacks, then prune."
+            )
         if manifest is None:
             raise CorruptCheckpointError(
                 f"the manifest of checkpoint {name} in {tier.url} is damaged, so what it refers to is not known. "
@@ -104,7 +122,8 @@ def _superseded(
             )
         if manifest.pins is not None:
             pinned.add(manifest.pins)
-    return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned | milestones)
+    pinned |= milestones | set(newer)  # what a newer release committed is for that one to delete
+    return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned)
 
 
 def _verify_newest(tier: Tier, newest: Manifest | None, on_progress: OnProgress) -> None:
@@ -124,11 +143,11 @@ def _verify_newest(tier: Tier, newest: Manifest | None, on_progress: OnProgress)
         )
 
 
-def _manifest(tier: Tier, name: CheckpointName) -> Manifest | None:
+def _manifest(tier: Tier, name: CheckpointName) -> Manifest | CorruptCheckpointError:
     try:
         return resume.read_manifest(tier, name)
-    except CorruptCheckpointError:
-        return None
+    except CorruptCheckpointError as error:
+        return error
     except FileNotFoundError as error:
         raise TierError(f"{name} vanished from {tier.url} while it was read; nothing was deleted") from error
 

@@ -3,16 +3,19 @@
 A checkpoint is mended where its other copy verifies whole. Each bad file is first set aside under `damaged/`, then
 written whole from the healthy copy and read back; a bad manifest comes last. The manifest stays in between: whoever
 resumes meanwhile verifies, and finds the checkpoint damaged as before. So a crash anywhere is mended by running again.
+Files that lost their manifest are a checkpoint again if the other copy has it whole. What a newer release committed is
+left as it is.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError, TierError
+from spot_core.errors import ConfigError, CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
 from spot_core.report import runs
 from spot_core.report.places import StoredRun
 from spot_core.store import layout, resume
@@ -48,6 +51,11 @@ class Repair:
     def is_whole(self) -> bool:
         return all(each.error is None for each in self.damaged)
 
+    def as_json(self) -> dict[str, Any]:
+        """For machines: what `spot repair --json` prints."""
+        damaged = [{**asdict(each), "name": str(each.name)} for each in self.damaged]
+        return {"is_whole": self.is_whole, "sound": self.sound, "damaged": damaged}
+
 
 def repair(target: StoredRun, source: StoredRun, *, now: float, on_progress: OnChecked) -> Repair:
     """Verify every checkpoint of `target` and mend what is damaged from `source`.
@@ -60,8 +68,10 @@ def repair(target: StoredRun, source: StoredRun, *, now: float, on_progress: OnC
             run.tier, now=now, undone="written", advice="its agent may delete what is being repaired"
         )
     names = resume.names(target.tier)
+    lost = _without_manifest(target.tier, names) & set(resume.names(source.tier))
+    names = sorted({*names, *lost}, reverse=True)
     manifests = [_manifest(target.tier, name) for name in names]
-    total = sum(manifest.total_bytes for manifest in manifests if manifest is not None)
+    total = sum(manifest.total_bytes for manifest in manifests if isinstance(manifest, Manifest))
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -87,10 +97,17 @@ def _check_places(target: StoredRun, source: StoredRun) -> None:
         )
 
 
+def _without_manifest(tier: Tier, committed: Collection[CheckpointName]) -> set[CheckpointName]:
+    found = map(CheckpointName.parse, tier.list(layout.CHECKPOINTS))
+    return {name for name in found if name is not None} - set(committed)
+
+
 def _mend(
-    target: Tier, source: Tier, name: CheckpointName, mine: Manifest | None, on_bytes: OnBytes
+    target: Tier, source: Tier, name: CheckpointName, mine: Manifest | NewerFormatError | None, on_bytes: OnBytes
 ) -> MendedCheckpoint | None:
-    """Mend one checkpoint; None if it is sound. mine: its manifest on the target, None if that is damaged."""
+    """Mend one checkpoint; None if it is sound. mine: its manifest on the target, None if that is damaged or lost."""
+    if isinstance(mine, NewerFormatError):
+        return MendedCheckpoint(name, error=str(mine))
     try:
         if mine is not None and not resume.damages(target, mine, on_bytes):
             return None
@@ -142,8 +159,11 @@ def _write_anew(
             target.upload(healthy, path, lambda _: None)
             check_record(target.record(path), file, f"{target.url}/{layout.checkpoint(name)}")
         if is_manifest_bad:
-            is_anything_aside |= _set_aside(target, layout.manifest(name), f"{aside}/{name}.json", scratch)
-            target.replace(layout.manifest(name), manifest.to_json())
+            if _set_aside(target, layout.manifest(name), f"{aside}/{name}.json", scratch):
+                is_anything_aside = True
+                target.replace(layout.manifest(name), manifest.to_json())
+            else:
+                target.create(layout.manifest(name), manifest.to_json())
     return f"{target.url}/{aside}" if is_anything_aside else None
 
 
@@ -166,8 +186,10 @@ def _at_hand(tier: Tier, path: str, scratch: Path) -> Path:
     return scratch
 
 
-def _manifest(tier: Tier, name: CheckpointName) -> Manifest | None:
+def _manifest(tier: Tier, name: CheckpointName) -> Manifest | NewerFormatError | None:
     try:
         return resume.read_manifest(tier, name)
+    except NewerFormatError as error:
+        return error
     except (CorruptCheckpointError, FileNotFoundError):
         return None

@@ -52,6 +52,7 @@ def restore(tier: Tier, folder: Path, *, choice: CheckpointName | None, progress
     for name in names:
         try:
             manifest = _manifest(tier, name)
+            resume.check_sizes(tier, manifest)
             return RestoredNative(manifest, _bring(tier, manifest, folder, progress_bar))
         except CorruptCheckpointError as error:
             reasons.append(str(error))

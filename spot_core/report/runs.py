@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from spot_core.agent import lives
 from spot_core.agent.lives import Life
 from spot_core.agent.process import HEARTBEAT_S
-from spot_core.errors import ConfigError, CorruptCheckpointError, SpotError
+from spot_core.errors import ConfigError, CorruptCheckpointError, NewerFormatError, SpotError
 from spot_core.report.places import StoredRun, in_parallel
 from spot_core.report.units import ago, duration
 from spot_core.store import layout, resume
@@ -25,7 +25,10 @@ ALL_LIVES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointView:
-    """A committed checkpoint; with error, its manifest could not be read and what comes from it is missing."""
+    """A committed checkpoint; with error, its manifest could not be read and what comes from it is missing.
+
+    is_newer_format: it could not since a newer release wrote it.
+    """
 
     name: str
     incarnation: int
@@ -41,6 +44,7 @@ class CheckpointView:
     is_complete: bool = False
     notes: tuple[str, ...] = ()
     error: str | None = None
+    is_newer_format: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,12 @@ def _checkpoint(tier: Tier, name: CheckpointName, is_complete: bool, *, now: flo
         return None  # pruned since it was listed
     except CorruptCheckpointError as error:
         return CheckpointView(
-            name=str(name), incarnation=name.incarnation, step=name.step, is_complete=is_complete, error=str(error)
+            name=str(name),
+            incarnation=name.incarnation,
+            step=name.step,
+            is_complete=is_complete,
+            error=str(error),
+            is_newer_format=isinstance(error, NewerFormatError),
         )
     return CheckpointView(
         name=str(name),

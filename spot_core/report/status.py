@@ -20,6 +20,7 @@ from spot_core.report.places import StoredRun
 from spot_core.report.runs import CheckpointView, LifeView
 from spot_core.store import identity, incarnation, layout, resume
 from spot_core.store.layout import CheckpointName
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 
 
@@ -41,6 +42,8 @@ class AgentView:
 class LocalView:
     """The local folder against the remote. undrained: local commits newer than what is durable, newest first.
 
+    in_memory: which of them a full disk sent to the overflow. remote_only: why checkpoints go to the remote without the
+    local disk, None if they do not.
     step, useful_s: where training is, from the journal. gap_steps, gap_s: training beyond the newest durable
     checkpoint, which the loss of this instance would cost.
     """
@@ -55,6 +58,8 @@ class LocalView:
     gap_steps: int | None
     gap_s: float | None
     agent: AgentView | None
+    in_memory: tuple[str, ...] = ()
+    remote_only: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +122,7 @@ def status(run: StoredRun, local: Path | None, *, now: float) -> StatusView:
 def local_tier(folder: Path, run: StoredRun) -> PosixTier:
     """The run's local tier at `folder`, or in it under the run's name. Raises ConfigError if it is not there."""
     for place in (folder, folder / run.name):
-        tier = PosixTier(place)
+        tier = PosixTier(place, run.tier.signing)
         if identity.read_run(tier) is not None:
             identity.check_same_run(tier, run.identity)
             return tier
@@ -126,10 +131,13 @@ def local_tier(folder: Path, run: StoredRun) -> PosixTier:
 
 def _local(run: StoredRun, newest: CheckpointView | None, tier: PosixTier) -> LocalView:
     durable = CheckpointName.parse(newest.name) if newest else None
-    here = resume.names(tier)
+    overflow = Overflow.of(run.tier, run.identity["run_id"])
+    memory = overflow.tier
+    over = set(overflow.names())
+    here = sorted({*resume.names(tier), *over}, reverse=True)
     undrained = [name for name in here if durable is None or name > durable]
     number = incarnation.newest(tier)
-    journal = Journal(tier.root, number)
+    journal = Journal(tier.root, number, overflow)
     progress, agent = journal.read_progress(), journal.read_status()
     behind = progress is not None and (durable is None or number >= durable.incarnation)
     return LocalView(
@@ -137,7 +145,9 @@ def _local(run: StoredRun, newest: CheckpointView | None, tier: PosixTier) -> Lo
         incarnation=number,
         newest=str(here[0]) if here else None,
         undrained=tuple(map(str, undrained)),
-        undrained_bytes=sum(_size_bytes(tier, name) for name in undrained),
+        undrained_bytes=sum(
+            _size_bytes(memory if memory is not None and name in over else tier, name) for name in undrained
+        ),
         step=progress.step if progress else None,
         useful_s=round(progress.useful_s, 3) if progress else None,
         gap_steps=max(0, progress.step - (newest.step if newest else 0)) if progress and behind else None,
@@ -145,6 +155,8 @@ def _local(run: StoredRun, newest: CheckpointView | None, tier: PosixTier) -> Lo
         if progress and behind
         else None,
         agent=_agent(agent) if agent else None,
+        in_memory=tuple(str(name) for name in undrained if name in over),
+        remote_only=(progress.remote_only if progress else "") or None,
     )
 
 

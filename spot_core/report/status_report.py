@@ -89,6 +89,11 @@ def _add_local(grid: Table, view: LocalView) -> None:
         grid.add_row("not drained", Text(waiting + ", ".join(view.undrained), style="yellow"))
     else:
         grid.add_row("not drained", Text("nothing: all that is committed here is durable", style="green"))
+    if view.remote_only is not None:
+        why = f"not used: {view.remote_only}\ncheckpoints go to the remote through memory, without it"
+        grid.add_row("local disk", Text(why, style="yellow"))
+    if view.in_memory:
+        grid.add_row("in memory", Text(", ".join(view.in_memory) + ": lost with this machine", style="yellow"))
     if view.gap_steps is not None and view.gap_s is not None:
         at_risk = f"{count(view.gap_steps, 'step')}, {duration(view.gap_s)} of training since the durable one"
         grid.add_row("at risk", at_risk)

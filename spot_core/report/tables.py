@@ -33,6 +33,7 @@ _COLORS = {
     verify.OK: "green",
     verify.DAMAGED: "bold red",
     verify.UNREADABLE: "red",
+    verify.NEWER: "yellow",
 }
 
 
@@ -94,7 +95,7 @@ def checkpoints_table(views: Sequence[CheckpointView]) -> RenderableType:
 def _remarks(view: CheckpointView, *, is_pinned: bool) -> Text:
     remarks = []
     if view.error:
-        remarks.append(Text("damaged manifest", style="red"))
+        remarks.append(Text("newer format" if view.is_newer_format else "damaged manifest", style="red"))
     if view.is_complete:
         remarks.append(Text("training ended", style="green"))
     pin = CheckpointName.parse(view.pins or "")

@@ -34,8 +34,11 @@ def ago(seconds: float) -> str:
 
 
 def moment(unix_s: float) -> str:
-    """A moment in the reader's own time zone."""
-    return time.strftime("%b %d %H:%M", time.localtime(unix_s))
+    """A moment in the reader's own time zone; `?` for what no calendar holds."""
+    try:
+        return time.strftime("%b %d %H:%M", time.localtime(unix_s))
+    except (OverflowError, ValueError, OSError):
+        return "?"
 
 
 def count(number: int, what: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spot_core.errors import CorruptCheckpointError, TierDeniedError, TierError
+from spot_core.errors import CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
 from spot_core.report.places import StoredRun
 from spot_core.store import layout, resume
 from spot_core.store.layout import CheckpointName
@@ -15,6 +15,7 @@ from spot_core.store.tier import OnBytes, Tier
 OK = "ok"
 DAMAGED = "damaged"
 UNREADABLE = "unreadable"  # the tier did not answer: nothing is known
+NEWER = "newer format"  # a newer release committed it: this one cannot tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +64,13 @@ def verify_run(run: StoredRun, on_progress: OnProgress) -> VerifiedRun:
         on_progress(done, total)
 
     found = []
-    for name, manifest in plan:
+    for _, manifest in plan:
         if isinstance(manifest, Manifest):
             verified = _verify(tier, manifest, on_bytes)
         elif manifest is None:
             continue
         else:
-            verified = VerifiedCheckpoint(name=str(name), step=name.step, result=DAMAGED, problems=(manifest,))
+            verified = manifest
         if verified is not None:
             found.append(verified)
     orphans, strangers = _uncommitted(tier)
@@ -78,14 +79,19 @@ def verify_run(run: StoredRun, on_progress: OnProgress) -> VerifiedRun:
     )
 
 
-def _manifest(tier: Tier, name: CheckpointName) -> Manifest | str | None:
-    """The manifest, why it is damaged, or None if it was pruned since it was listed."""
+def _manifest(tier: Tier, name: CheckpointName) -> Manifest | VerifiedCheckpoint | None:
+    """The manifest, what is wrong with it, or None if it was pruned since it was listed."""
     try:
         return resume.read_manifest(tier, name)
     except FileNotFoundError:
         return None
     except CorruptCheckpointError as error:
-        return f"{tier.url}/{layout.manifest(name)}: {error}"
+        return VerifiedCheckpoint(
+            name=str(name),
+            step=name.step,
+            result=NEWER if isinstance(error, NewerFormatError) else DAMAGED,
+            problems=(f"{tier.url}/{layout.manifest(name)}: {error}",),
+        )
 
 
 def _verify(tier: Tier, manifest: Manifest, on_bytes: OnBytes) -> VerifiedCheckpoint | None:

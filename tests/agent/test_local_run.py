@@ -15,6 +15,7 @@ from spot_core.errors import CommitConflictError, FencedError, TierError
 from spot_core.store import identity, incarnation, layout, resume
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
 from tests.disk import mounted
@@ -48,14 +49,21 @@ class FakeMonitor:
 class OneLife:
     """Tiers, agent and journal of a life that committed ONE and TWO and drained ONE."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_overflow: bool = False) -> None:
         self.tier, self.remote = PosixTier(folder / "local" / "run"), PosixTier(folder / "remote" / "run")
         identity.create_run(self.tier, self.remote, RunIdentity("testing", {}), 0.0)
         number = incarnation.claim(self.tier, self.remote, 0.0)
         self.agent: Any = FakeMonitor()
-        self.journal = Journal(self.tier.root, number)
+        self.overflow = Overflow.of(self.remote, "an id") if has_overflow else Overflow(None)
+        self.journal = Journal(self.tier.root, number, self.overflow)
         self.run = LocalRun(
-            self.tier, self.journal, self.agent, number=number, progress=Progress(0, 0.0, 0), committed={}
+            self.tier,
+            self.journal,
+            self.agent,
+            number=number,
+            progress=Progress(0, 0.0, 0),
+            committed={},
+            overflow=self.overflow,
         )
         for name in (ONE, TWO):
             commit_checkpoint(self.tier, name)
@@ -64,8 +72,8 @@ class OneLife:
         self.run.write_progress(Progress(25, 2.5, 0))
         self._manifest = resume.read_manifest(self.tier, TWO)
 
-    def prepare(self) -> None:
-        self.run.prepare(self._manifest, 100)
+    def prepare(self, expected_bytes: int = 100, failure: OSError | None = None) -> PosixTier:
+        return self.run.prepare(self._manifest, expected_bytes, failure)
 
 
 @pytest.fixture

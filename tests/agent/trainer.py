@@ -19,7 +19,6 @@ from spot_core.errors import SpotError
 from spot_core.store import resume
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
-from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint, content_of
 
 
@@ -28,9 +27,9 @@ class Trainer:
 
     def open(self, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger("spot_core").setLevel(logging.DEBUG)
-        self._client = AgentClient(SpotConfig(**options), RunIdentity("testing", facts))
+        self._client = AgentClient(SpotConfig.resolve(options, fallback_local="."), RunIdentity("testing", facts))
         opened = self._client.open()
-        self._tier = PosixTier(self._client.run_folder)
+        self._tier = self._client.tier
         if opened.incarnation is not None:
             self._start(opened.incarnation)
         return {

@@ -32,6 +32,7 @@ class JobSpec(LifeSpec):
     resume: Any = None
     stop_at: int | None = None  # a user's own early stop
     tracks: bool = False  # let Weights & Biases write below the folder
+    has_overflow: bool = True  # whether there is memory for what the local disk cannot hold
 
     preloaded: ClassVar[tuple[str, ...]] = ("datasets", "trl")
 
@@ -167,6 +168,8 @@ def _sft_trainer(arguments: dict[str, Any], callbacks: list[Any]) -> Trainer:
 def run(spec: JobSpec) -> None:
     """The user's script: build, train, save."""
     folder = Path(spec.folder)
+    if not spec.has_overflow:
+        os.environ["SPOT_OVERFLOW"] = ""
     if spec.tracks:
         os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DIR=spec.folder)
     trainer = trainer_of(spec)

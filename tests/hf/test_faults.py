@@ -33,7 +33,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> None:
-    spec = JobSpec(folder=str(tmp_path / "job"), options={"local": str(small_disk), "keep_local": 2})
+    spec = JobSpec(
+        folder=str(tmp_path / "job"), options={"local": str(small_disk), "keep_local": 2}, has_overflow=False
+    )
     reference = uninterrupted(spec, tmp_path / "reference")
     life = Life(dataclasses.replace(spec, arguments={"num_train_epochs": 9}, dies="step:60"))
     wait_for(lambda: len(resume.names(PosixTier(small_disk / "job"))) > 0)

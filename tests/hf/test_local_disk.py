@@ -6,19 +6,28 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from spot_core.agent.journal import AgentStatus, Journal, Progress
+from spot_core.agent.lives import COMPLETED, read_lives
+from spot_core.report.places import open_run
+from spot_core.report.status import LocalView, status
 from spot_core.store import identity, layout, resume
+from spot_core.store.layout import CheckpointName
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from tests.disk import fill, mounted
 from tests.hf.job import JobSpec
 from tests.lives.lives import Life, LifeResult, assert_same_training, live, uninterrupted, wait_for
 
-STEPS = 60
+STEPS = 120
 REFUSED, REMOVED = "not written (", "was removed or emptied during training"
+PAST_THE_DISK = "checkpoints go to the remote without the local disk"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
 
 
 def _spec(folder: Path) -> JobSpec:
-    return JobSpec(folder=str(folder / "job"), arguments={"num_train_epochs": STEPS // 10})
+    return JobSpec(folder=str(folder / "job"), interval_s=0.2, arguments={"num_train_epochs": STEPS // 10})
 
 
 def _begun(spec: JobSpec, local: PosixTier) -> Life:
@@ -52,15 +61,55 @@ def _assert_drained(spec: JobSpec) -> None:
     assert name.step == STEPS
     resume.verify(remote, resume.read_manifest(remote, name))
     assert resume.completions(remote) == {name: STEPS}
+    wait_for(lambda: not _overflow(spec).exists())
 
 
 def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -> None:
-    with mounted(tmp_path / "small", "size=420k") as disk:
+    """Checkpoints go to the remote through memory, and to the disk again as soon as it has room."""
+    with mounted(tmp_path / "small", "size=600k") as disk:
         spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
+        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        life = _begun(spec, local)
+        fill(disk / "someone else's file")
+        wait_for(lambda: PAST_THE_DISK in life.log)
+        known = resume.names(remote)[0]
+        wait_for(lambda: resume.names(remote)[0] > known and resume.names(remote)[0] not in resume.names(local))
+        wait_for(lambda: "no room in" in (_status(spec, disk).remote_only or ""))
+        (disk / "someone else's file").unlink()
+        wait_for(lambda: "there is room in" in life.log)
+        result = life.result()
+        _assert_ended_well(result, spec, reference, told=PAST_THE_DISK)
+        assert REFUSED not in result.log, result.log[-3000:]
+        resume.verify(local, resume.read_manifest(local, resume.names(local)[0]))
+        assert local.list(layout.STAGING) == []
+    _assert_drained(spec)
+
+
+def test_a_disk_that_stays_full_costs_no_checkpoint(tmp_path: Path, reference: JobSpec) -> None:
+    with mounted(tmp_path / "small", "size=600k") as disk:
+        spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
+        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        life = _begun(spec, local)
+        fill(disk / "someone else's file")
+        result = life.result()
+        _assert_ended_well(result, spec, reference, told=PAST_THE_DISK)
+        assert "is not recorded" not in result.log and "training is complete but" not in result.log
+        _assert_drained(spec)
+        assert read_lives(remote)[-1].outcome == COMPLETED
+        fill(disk / "someone else's file", leave_bytes=30_000)
+        again = live(spec)
+        assert again.exit_code == 0 and "checkpoint: step" not in again.log, again.log[-2000:]
+        assert "is restored to memory" in again.log
+    wait_for(lambda: not _overflow(spec).exists())
+
+
+def test_without_memory_to_spare_a_full_disk_is_told_and_tried_again(tmp_path: Path, reference: JobSpec) -> None:
+    with mounted(tmp_path / "small", "size=600k") as disk:
+        spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)}, has_overflow=False)
         local = PosixTier(disk / "job")
         life = _begun(spec, local)
         fill(disk / "someone else's file")
-        wait_for(lambda: "not written (" in life.log)
+        wait_for(lambda: REFUSED in life.log)
         wait_for(lambda: _failures(Journal(local.root, 1).read_progress()) > 0)
         refused = resume.names(local)
         (disk / "someone else's file").unlink()
@@ -69,10 +118,95 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
         assert "checkpoints are written again, after" in result.log
         assert "Free space there" in result.log
         _assert_ended_well(result, spec, reference, told=REFUSED)
+        assert PAST_THE_DISK not in result.log
         resume.verify(local, resume.read_manifest(local, resume.names(local)[0]))
         assert local.list(layout.STAGING) == []
         assert _failures(Journal(local.root, 1).read_status()) > 0, "what `spot status` shows"
     _assert_drained(spec)
+
+
+@pytest.mark.parametrize("kills", ["trainer", "agent", "both"])
+def test_kills_while_checkpoints_pass_by_a_full_disk(kills: str, tmp_path: Path, reference: JobSpec) -> None:
+    """Whatever is killed, the next life continues from the newest checkpoint, wherever it is, and memory is freed."""
+    with mounted(tmp_path / "small", "size=600k") as disk:
+        spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
+        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        life = _begun(spec, local)
+        fill(disk / "someone else's file", leave_bytes=30_000)
+        wait_for(lambda: PAST_THE_DISK in life.log)
+        with _down(remote):
+            known = resume.names(remote)[0]
+            wait_for(lambda: (_in_memory(spec) or [known])[0] > known)
+            if kills != "trainer":
+                _kill_agent(local)
+            if kills != "agent":
+                life.kill()
+            newest = _in_memory(spec)[0]
+        if kills != "agent":
+            assert life.result().exit_code == -9
+            life = Life(spec)
+        result = life.result()
+        assert result.exit_code == 0, result.log[-3000:]
+        if kills == "both":
+            assert f"from the overflow tier, checkpoint {newest}" in result.log
+    assert_same_training(spec, reference)
+    _assert_drained(spec)
+
+
+@pytest.mark.parametrize("term", [40, 100])
+def test_a_preemption_on_a_full_disk_loses_no_step(term: int, tmp_path: Path, reference: JobSpec) -> None:
+    with mounted(tmp_path / "small", "size=600k") as disk:
+        spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
+        fill(disk / "someone else's file", leave_bytes=40_000)
+        preempted = live(dataclasses.replace(spec, dies=f"term:{term}"))
+        assert preempted.exit_code == 75, preempted.log[-3000:]
+        assert f"preempted: step {term + 1} is durable on the remote" in preempted.log
+        assert PAST_THE_DISK in preempted.log, "from the first checkpoint on"
+        wait_for(lambda: not _overflow(spec).exists())
+        result = live(spec)
+        assert result.exit_code == 0, result.log[-3000:]
+        assert f"resume: step {term + 1} from the remote tier" in result.log
+        assert "is restored to memory" in result.log
+    assert_same_training(spec, reference)
+    _assert_drained(spec)
+
+
+def _status(spec: JobSpec, local: Path) -> LocalView:
+    view = status(open_run(f"{spec.folder}/remote/job", {}), local, now=0.0).local
+    assert view is not None
+    return view
+
+
+def _overflow(spec: JobSpec) -> Path:
+    remote = PosixTier(f"{spec.folder}/remote/job")
+    stored = identity.read_run(remote)
+    assert stored is not None
+    folder = Overflow.of(remote, stored["run_id"]).folder
+    assert folder is not None, "these tests need a file system in memory"
+    return folder
+
+
+def _in_memory(spec: JobSpec) -> list[CheckpointName]:
+    return Overflow(_overflow(spec)).names()
+
+
+@contextlib.contextmanager
+def _down(remote: PosixTier) -> Iterator[None]:
+    """Nothing can be drained."""
+    folder, aside = remote.path(layout.CHECKPOINTS), remote.path("aside")
+    while not folder.is_file():
+        with contextlib.suppress(OSError):
+            os.rename(folder, aside)
+            folder.touch(exist_ok=False)
+    yield
+    folder.unlink()
+    os.rename(aside, folder)
+
+
+def _kill_agent(local: PosixTier) -> None:
+    said = Journal(local.root, 1).read_status()
+    assert said is not None and "spot_core.agent" in psutil.Process(said.pid).cmdline()
+    os.kill(said.pid, signal.SIGKILL)
 
 
 def _failures(said: AgentStatus | Progress | None) -> int:
@@ -97,8 +231,22 @@ def test_a_life_whose_local_folder_is_removed_makes_it_again(tmp_path: Path, ref
     assert again.exit_code == 0 and "checkpoint: step" not in again.log, again.log[-2000:]
 
 
-def test_a_life_whose_local_folder_stays_unusable_ends_and_says_so(tmp_path: Path, reference: JobSpec) -> None:
+def test_a_life_whose_local_folder_stays_unusable_goes_on_without_it(tmp_path: Path, reference: JobSpec) -> None:
     spec = _spec(tmp_path)
+    local, remote = PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+    life = _begun(spec, local)
+    _take_away(local.root.parent)
+    result = life.result()
+    assert "is not recorded" not in result.log and "training is complete but" not in result.log
+    _assert_ended_well(result, spec, reference, told=PAST_THE_DISK)
+    _assert_drained(spec)
+    assert read_lives(remote)[-1].outcome == COMPLETED
+    local.root.parent.unlink()
+    assert live(spec).exit_code == 0
+
+
+def test_a_life_whose_local_folder_and_memory_are_unusable_ends_and_says_so(tmp_path: Path, reference: JobSpec) -> None:
+    spec = dataclasses.replace(_spec(tmp_path), has_overflow=False)
     local, remote = PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
     life = _begun(spec, local)
     _take_away(local.root.parent)

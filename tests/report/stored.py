@@ -139,3 +139,9 @@ def truncate(file: Path) -> None:
 
 
 DAMAGES = {"flipped": flip, "truncated": truncate, "missing": Path.unlink}
+
+
+def of_newer_format(tier: Tier, name: CheckpointName) -> None:
+    """Its manifest becomes one that a later release wrote."""
+    body = tier.read(layout.manifest(name)).replace(b'"format_version": 1', b'"format_version": 2')
+    tier.replace(layout.manifest(name), body)

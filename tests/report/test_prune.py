@@ -20,7 +20,7 @@ from spot_core.store.tier import Tier, open_tier
 from spot_core.testing.faults import MOMENTS, Fault, FaultPlan, FaultyTier, SimulatedCrash
 from spot_core.testing.invariants import assert_run_invariants
 from tests.report.conftest import Spot, everything_in
-from tests.report.stored import BuiltRun
+from tests.report.stored import BuiltRun, of_newer_format
 from tests.servers import S3Server
 
 
@@ -255,3 +255,27 @@ def test_a_crash_at_any_operation_leaves_only_what_the_next_sweep_removes(two_ti
         if not has_crashed:
             assert nth > 10
             return
+
+
+def test_what_a_newer_release_committed_is_not_pruned(spot: Spot, run: BuiltRun) -> None:
+    for step in (1, 2, 3, 4):
+        run.commit(step)
+    of_newer_format(run.local, CheckpointName(1, 2))
+    assert spot("prune", run.url, "--keep", "1").code == 0
+    assert resume.names(run.local) == [CheckpointName(1, 4), CheckpointName(1, 2)]
+    of_newer_format(run.local, CheckpointName(1, 4))
+    result = spot("prune", run.url, "--keep", "1")
+    assert result.code == 2
+    assert "was committed by a newer release" in result.err and "Nothing was deleted" in result.err
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_pruning_says_for_machines_what_it_did(spot: Spot, run: BuiltRun, is_dry: bool) -> None:
+    names = [run.commit(step) for step in (1, 2, 3)]
+    result = spot("prune", run.url, "--keep", "2", "--json", *(["--dry-run"] if is_dry else []))
+    assert result.code == 0
+    assert result.json["is_deleted"] is not is_dry
+    assert result.json["kept"] == [str(names[2]), str(names[1])]
+    assert [each["name"] for each in result.json["superseded"]] == [str(names[0])]
+    assert result.json["size_bytes"] == result.json["superseded"][0]["size_bytes"] > 0
+    assert (names[0] in resume.names(run.local)) is is_dry

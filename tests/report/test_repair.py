@@ -20,7 +20,7 @@ from spot_core.store.tier import Tier, open_tier
 from spot_core.testing.faults import MOMENTS, Fault, FaultPlan, FaultyTier, SimulatedCrash
 from spot_core.testing.invariants import assert_run_invariants
 from tests.report.conftest import Spot, everything_in
-from tests.report.stored import DAMAGES, BuiltRun, flip, truncate
+from tests.report.stored import DAMAGES, BuiltRun, flip, of_newer_format, truncate
 from tests.servers import S3Server
 
 
@@ -153,11 +153,56 @@ def test_another_commit_of_the_same_name_is_not_mixed_in(spot: Spot, stored: Bui
     assert everything_in(Path(stored.url)) == before
 
 
-def test_a_folder_without_a_manifest_is_not_brought_back(spot: Spot, stored: BuiltRun) -> None:
+@pytest.mark.parametrize("damage", [None, *DAMAGES.values()], ids=["sound", *DAMAGES])
+@pytest.mark.parametrize("side", ["remote", "local"])
+def test_a_lost_manifest_is_brought_back_from_the_tier_that_has_the_checkpoint_whole(
+    spot: Spot, stored: BuiltRun, damage: Callable[[Path], None] | None, side: str
+) -> None:
+    here, there = (stored.url, stored.local.root) if side == "remote" else (stored.local.root, stored.url)
+    tier, before = PosixTier(here), _committed(Path(here))
+    tier.delete([layout.manifest(FIRST)])
+    if damage is not None:
+        damage(tier.path(f"{layout.checkpoint(FIRST)}/checkpoint-10/optimizer.pt"))
+    result = spot("repair", here, "--from", there)
+    assert result.code == 0, result.out
+    assert layout.manifest(FIRST) in result.out
+    assert _committed(Path(here)) == before
+
+
+def test_a_folder_that_is_a_checkpoint_nowhere_is_not_brought_back(spot: Spot, stored: BuiltRun) -> None:
     """It may be what is left of a deletion."""
-    stored.remote.delete([layout.manifest(FIRST)])
+    for tier in (stored.remote, stored.local):
+        tier.delete([layout.manifest(FIRST)])
     assert spot("repair", stored.url, "--from", stored.local.root).code == 0
     assert resume.names(stored.remote) == [SECOND]
+
+
+def test_what_was_pruned_on_one_tier_is_not_brought_back(spot: Spot, stored: BuiltRun) -> None:
+    stored.remote.delete([layout.manifest(FIRST), layout.checkpoint(FIRST)])
+    assert "1 had no damage" in spot("repair", stored.url, "--from", stored.local.root).out
+    assert resume.names(stored.remote) == [SECOND]
+
+
+def test_what_a_newer_release_committed_is_left_as_it_is(spot: Spot, stored: BuiltRun) -> None:
+    of_newer_format(stored.remote, FIRST)
+    before = everything_in(Path(stored.url))
+    result = spot("repair", stored.url, "--from", stored.local.root)
+    assert result.code == 1
+    assert "has format version 2, this release reads 1: upgrade" in result.out
+    assert everything_in(Path(stored.url)) == before
+
+
+def test_a_repair_says_for_machines_what_it_did(spot: Spot, stored: BuiltRun) -> None:
+    for name in (FIRST, SECOND):
+        flip(_optimizer(stored, name))
+    flip(stored.file(FIRST, "optimizer.pt"))
+    result = spot("repair", stored.url, "--from", stored.local.root, "--json")
+    assert result.code == 1
+    assert (result.json["is_whole"], result.json["sound"], result.json["url"]) == (False, 0, stored.url)
+    mended, damaged = result.json["damaged"]
+    assert mended["name"] == str(SECOND) and mended["files"] == ["checkpoint-20/optimizer.pt"]
+    assert mended["error"] is None and mended["aside"].startswith(f"{stored.url}/{layout.DAMAGED}/")
+    assert damaged["name"] == str(FIRST) and "damaged as well" in damaged["error"]
 
 
 def test_another_run_is_no_other_copy(spot: Spot, stored: BuiltRun, tmp_path: Path) -> None:
@@ -215,6 +260,31 @@ def _damage_three_ways(run: BuiltRun) -> None:
     flip(_optimizer(run, FIRST))
     _remote_file(run, FIRST, "spot/data.json").unlink()
     (Path(run.url) / layout.manifest(SECOND)).write_bytes(b"{")
+
+
+def test_a_crash_while_a_lost_manifest_is_brought_back_is_mended_by_running_again(
+    stored: BuiltRun, tmp_path: Path
+) -> None:
+    stored.remote.delete([layout.manifest(FIRST)])
+    flip(_optimizer(stored, FIRST))
+    sound = _committed(stored.local.root)
+    nth, has_crashed = 0, True
+    while has_crashed:
+        nth += 1
+        for when in MOMENTS:
+            remote = PosixTier(tmp_path / f"{nth}-{when}")
+            shutil.copytree(stored.url, remote.root)
+            plan = FaultPlan.crash_at(nth, when)
+            try:
+                _repair(FaultyTier(remote, plan), FaultyTier(stored.local, plan, name="local"))
+                has_crashed = False
+            except SimulatedCrash:
+                has_crashed = True
+            for name in resume.names(remote):
+                resume.verify(remote, resume.read_manifest(remote, name))
+            assert _repair(remote, stored.local).is_whole, plan.fired
+            assert _committed(remote.root) == sound, plan.fired
+    assert nth > 10
 
 
 def test_a_file_that_cannot_be_written_is_named_and_the_others_are_mended(stored: BuiltRun) -> None:

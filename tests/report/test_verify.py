@@ -13,7 +13,7 @@ from spot_core.store import layout, retention
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier
 from tests.report.conftest import Spot, everything_in
-from tests.report.stored import DAMAGES, BuiltRun, flip, truncate
+from tests.report.stored import DAMAGES, BuiltRun, flip, of_newer_format, truncate
 
 
 def test_a_sound_run_verifies_and_is_left_as_it_was(spot: Spot, run: BuiltRun) -> None:
@@ -149,3 +149,35 @@ def test_a_root_verifies_every_run_although_one_is_unreadable(spot: Spot, run: B
         "bad": False,
         "zephyr": False,
     }
+
+
+@pytest.mark.parametrize("side", ["local", "remote"])
+def test_a_newer_format_is_told_by_name_and_not_called_damage(side: str, spot: Spot, two_tiers: BuiltRun) -> None:
+    newer, sound = two_tiers.commit(10), two_tiers.commit(20)
+    two_tiers.drain()
+    tier = two_tiers.local if side == "local" else two_tiers.remote
+    of_newer_format(tier, newer)
+    before = everything_in(Path(tier.url))
+
+    result, listed = spot("verify", tier.url), spot("ls", tier.url)
+
+    assert result.code == 1
+    assert f"newer format: {tier.url}/{layout.manifest(newer)}: manifest {newer} has format version 2" in result.out
+    assert "damaged" not in result.out and "spot repair" not in result.out
+    rows = spot("verify", tier.url, "--json").json["runs"][0]["checkpoints"]
+    assert {row["name"]: row["result"] for row in rows} == {str(newer): "newer format", str(sound): "ok"}
+    assert "newer format" in listed.out and "upgrade" in listed.out and "damaged" not in listed.out
+    flags = {row["name"]: row["is_newer_format"] for row in spot("ls", tier.url, "--json").json["checkpoints"]}
+    assert flags == {str(newer): True, str(sound): False}
+    assert everything_in(Path(tier.url)) == before
+
+
+@pytest.mark.parametrize("side", ["local", "remote"])
+def test_files_that_lost_their_manifest_are_told_on_either_tier(side: str, spot: Spot, two_tiers: BuiltRun) -> None:
+    lost, _ = two_tiers.commit(10), two_tiers.commit(20)
+    two_tiers.drain()
+    tier = two_tiers.local if side == "local" else two_tiers.remote
+    tier.delete([layout.manifest(lost)])
+    result = spot("verify", tier.url, "--json")
+    assert result.code == 0
+    assert result.json["runs"][0]["orphans"] == [layout.checkpoint(lost)]
