@@ -34,32 +34,37 @@ class Fault:
     """What happens to one request.
 
     status, code: the answer instead of the server's, which never hears of it. reset_after_bytes: so much of the
-    server's reply comes through (0: none, although the request was done), then the connection is reset. delay_s: it
-    waits before the server hears of it.
+    server's reply comes through (0: none, although the request was done), then the connection is reset.
+    reset_body_after_bytes: so much of the request's body is taken, then the connection is reset. delay_s: it waits
+    before the server hears of it.
     """
 
     status: int | None = None
     code: str = "InternalError"
     reset_after_bytes: int | None = None
+    reset_body_after_bytes: int | None = None
     delay_s: float = 0.0
 
 
 SLOW_DOWN = Fault(status=503, code="SlowDown")
 LOST_REPLY = Fault(reset_after_bytes=0)
 UNREACHABLE = Fault(status=0)  # hangs up without an answer
+HANG = Fault(delay_s=3600.0)
 
 
 class FaultProxy:
     """Passes requests to the server at `port` on this machine.
 
     chooses: set to a function that gives a request its fault, or None. strips: names of headers, lower case, that the
-    server does not get. bandwidth_bytes_s: of each request's body. fired: the requests that were spoiled; seen: all.
+    server does not get. bandwidth_bytes_s: of each request's body. uplink_bytes_s: of all of them together. fired: the
+    requests that were spoiled; seen: all.
     """
 
     def __init__(self, port: int) -> None:
         self.chooses: Callable[[Request], Fault | None] = lambda request: None
         self.strips: set[str] = set()
         self.bandwidth_bytes_s: float | None = None
+        self.uplink_bytes_s: float | None = None
         self.fired: list[str] = []
         self.seen: list[Request] = []
         self._port = port
@@ -80,7 +85,7 @@ class FaultProxy:
         self._thread.join(10)
 
     async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._stop, self._uplink = asyncio.get_running_loop(), asyncio.Event(), asyncio.Lock()
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20)
         self.port: int = server.sockets[0].getsockname()[1]
         self._started.set()
@@ -103,10 +108,15 @@ class FaultProxy:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])}
         if headers.pop("expect", None):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await self._body(reader, int(headers.get("content-length", 0)))
+        length = int(headers.get("content-length", 0))
         request = Request(method, unquote(path), headers)
         self.seen.append(request)
         fault = self.chooses(request)
+        if fault is not None and fault.reset_body_after_bytes is not None:
+            self.fired.append(f"{method} {request.path}")
+            await self._body(reader, min(length, fault.reset_body_after_bytes))
+            return False
+        body = await self._body(reader, length)
         if fault is not None:
             self.fired.append(f"{method} {request.path}")
             await asyncio.sleep(fault.delay_s)
@@ -131,6 +141,9 @@ class FaultProxy:
             left -= len(blocks[-1])
             if self.bandwidth_bytes_s:
                 await asyncio.sleep(len(blocks[-1]) / self.bandwidth_bytes_s)
+            if self.uplink_bytes_s:
+                async with self._uplink:
+                    await asyncio.sleep(len(blocks[-1]) / self.uplink_bytes_s)
         return b"".join(blocks)
 
     async def _answer(self, writer: asyncio.StreamWriter, fault: Fault, method: str) -> bool:

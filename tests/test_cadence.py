@@ -65,7 +65,27 @@ def test_interval_stays_in_bounds_whatever_comes(
 def test_an_outage_lengthens_the_interval_by_itself() -> None:
     some = Costs(stall_s=0.001, upload_s=1.0)
     calm = optimal_interval_s(some, QUIET, age_s=0.0)
-    assert optimal_interval_s(some, QUIET, age_s=0.0, upload_pending_s=600.0) >= 599.0 > calm
+    assert optimal_interval_s(some, QUIET, age_s=0.0, upload_pending_s=600.0) >= 300.0 > calm
+
+
+def test_an_outage_of_any_length_leaves_a_few_local_checkpoints_and_costs_a_crash_half_of_it_at_most() -> None:
+    for minutes in (1, 10, 60, 200):
+        cadence = Cadence(QUIET, costs=Costs(stall_s=0.001, upload_s=1.0), last_useful_s=0.0)
+        taken, longest_s = 0, 0.0
+        for second in range(1, minutes * 60):  # the checkpoint at 0 waits from now on
+            longest_s = max(longest_s, (second - (cadence.last_useful_s or 0.0)) / second if taken else 0.0)
+            if cadence.is_due(second, age_s=second, upload_pending_s=second):
+                cadence.taken(second)
+                taken += 1
+        assert 2 <= taken <= 2 + math.log2(minutes * 60)
+        assert longest_s <= 0.51
+
+
+def test_a_slow_uplink_lengthens_the_interval_to_what_an_upload_takes() -> None:
+    slow = Costs(stall_s=0.5, upload_s=300.0)
+    assert (
+        optimal_interval_s(slow, QUIET, age_s=0.0) >= 299.5 > optimal_interval_s(Costs(stall_s=0.5), QUIET, age_s=0.0)
+    )
 
 
 def test_slowdown_while_draining_counts_as_cost() -> None:

@@ -57,12 +57,13 @@ class Costs:
 def optimal_interval_s(costs: Costs, hazard: Hazard, *, age_s: float, upload_pending_s: float = 0.0) -> float:
     """Useful seconds between checkpoints now.
 
-    age_s: age of the current life. upload_pending_s: how long the oldest checkpoint not yet durable has waited; an
-    outage lengthens the interval by itself, so that uploads never pile up.
+    age_s: age of the current life. upload_pending_s: how long the oldest checkpoint not yet durable has waited. Half
+    of it is the least: each interval of an outage is then as long as the outage was when it began, so that the local
+    tier gets a few checkpoints in an outage of any length, and a crash costs no more than half of it.
     """
     effective_s = max(costs.effective_s, 1e-4)
     best = math.sqrt(2.0 * effective_s / hazard.per_second(age_s))
-    no_pile_up = max(costs.upload_s or 0.0, upload_pending_s) - (costs.stall_s or 0.0)
+    no_pile_up = max((costs.upload_s or 0.0) - (costs.stall_s or 0.0), upload_pending_s / 2)
     within_overhead = effective_s / MOST_OVERHEAD
     return min(LONGEST_S, max(best, no_pile_up, within_overhead, SHORTEST_S))
 

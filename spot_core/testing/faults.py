@@ -57,13 +57,14 @@ class Fault:
 class FaultPlan:
     """Counts the operations of the tiers that share it and picks those that fail. Threads may share it.
 
-    operations: everything asked for, as `remote.create manifests/…`; fired: those of them that failed.
+    faults: as given. operations: everything asked for, as `remote.create manifests/…`; fired: those of it that failed.
     """
 
     def __init__(self, *faults: Fault) -> None:
         self._lock = threading.Lock()
         self._seen = dict.fromkeys(faults, 0)
         self._is_crashed = False
+        self.faults = faults
         self.operations: list[str] = []
         self.fired: list[str] = []
 
@@ -71,6 +72,11 @@ class FaultPlan:
     def crash_at(cls, nth: int, when: When) -> FaultPlan:
         """The process dies at the nth operation of all."""
         return cls(Fault(first=nth, when=when, error=SimulatedCrash))
+
+    def add(self, *faults: Fault) -> None:
+        """From now on these fail as well; what they count begins here."""
+        with self._lock:
+            self._seen.update(dict.fromkeys(faults, 0))
 
     def repair(self) -> None:
         """From now on nothing fails."""
@@ -115,7 +121,7 @@ class FaultyTier:
 
     def __init__(self, inner: Tier, plan: FaultPlan, *, name: str = "remote") -> None:
         self._inner, self._plan, self._name = inner, plan, name
-        self.url = inner.url
+        self.url, self.signing = inner.url, inner.signing
 
     def list(self, folder: str) -> list[str]:
         return self._plan.run(self._name, "list", folder, lambda: self._inner.list(folder))
@@ -140,6 +146,9 @@ class FaultyTier:
 
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         self._plan.run(self._name, "download", path, lambda: self._inner.download(path, target, on_bytes))
+
+    def size(self, path: str) -> int:
+        return self._plan.run(self._name, "size", path, lambda: self._inner.size(path))
 
     def record(self, path: str) -> FileRecord:
         return self._plan.run(self._name, "record", path, lambda: self._inner.record(path))

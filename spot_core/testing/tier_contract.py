@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.errors import CommitConflictError
+from spot_core.errors import CommitConflictError, TierError
 from spot_core.store.manifest import FileRecord
 from spot_core.store.tier import Tier, digest_file
 
@@ -92,7 +92,13 @@ class TierContract:
         for round_ in range(self.rounds):
             path = f"manifests/{round_:06d}.json"
             outcomes = self._race(lambda racer: self._create(racer, tier, other, path, b"same"))  # noqa: B023
-            assert [error for _, error in outcomes] == [None] * RACERS
+            errors = [error for _, error in outcomes if error is not None]
+            if not self.has_atomic_create and errors:
+                # An overwritten file may be gone for a moment: that is told as what may be tried again.
+                assert {type(error) for error in errors} == {TierError}
+                tier.create(path, b"same")
+                errors.clear()
+            assert errors == []
             assert other.read(path) == b"same"
 
     @staticmethod
