@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Tests and kills are real processes: one worker a core.
 WORKERS ?= auto
 
-.PHONY: install demo test test-deep lint bench clean
+.PHONY: install demo test test-s3 test-deep lint bench clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# What uses S3, against the server that SPOT_TEST_S3_ENDPOINT names, with credentials as every AWS client finds them.
+test-s3: install
+	$(BIN)/python -m pytest -m s3 -n $(WORKERS) --dist worksteal --session-timeout 1800
 
 # The durability tests again with many more histories, kills and damaged files: some tens of minutes.
 test-deep: install

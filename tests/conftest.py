@@ -11,20 +11,40 @@ import pytest
 
 from spot_core.store.posix import PosixTier
 from tests.faultproxy import FaultProxy
-from tests.servers import GivenS3Server, OverwritingS3Server, S3Server, TlsS3Server
+from tests.servers import ENDPOINT, GivenS3Server, OverwritingS3Server, S3Server, TlsS3Server
+from tests.sftpserver import SftpServer
+
+S3_FIXTURES = {"s3_server", "s3_store"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test-s3` runs against any server."""
+    for item in items:
+        if S3_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.s3)
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """A real S3 server over HTTP, started when the first test asks for it."""
+def lenient_server() -> Iterator[S3Server]:
+    """A real S3 server over HTTP that takes any credentials, started when the first test asks for it."""
     with S3Server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest) -> S3Server | GivenS3Server:
+    """A real S3 server over HTTP on this machine: the one that SPOT_TEST_S3_ENDPOINT names, if it is so."""
+    given = GivenS3Server(os.environ[ENDPOINT]) if ENDPOINT in os.environ else None
+    if given is not None and given.port is not None:
+        return given
+    server: S3Server = request.getfixturevalue("lenient_server")
+    return server
+
+
+@pytest.fixture(scope="session")
 def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsS3Server | GivenS3Server]:
     """An S3 server as in production: over TLS, or the real one that SPOT_TEST_S3_ENDPOINT names."""
-    if endpoint := os.environ.get("SPOT_TEST_S3_ENDPOINT"):
+    if endpoint := os.environ.get(ENDPOINT):
         yield GivenS3Server(endpoint)
         return
     with TlsS3Server(tmp_path_factory.mktemp("tls")) as server:
@@ -34,6 +54,12 @@ def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsS3Server |
 @pytest.fixture(scope="session")
 def overwriting_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OverwritingS3Server]:
     with OverwritingS3Server(tmp_path_factory.mktemp("overwriting")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sftp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SftpServer]:
+    with SftpServer(tmp_path_factory.mktemp("sftp")) as server:
         yield server
 
 

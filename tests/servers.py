@@ -18,6 +18,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import fsspec
 from cryptography import x509
@@ -27,6 +28,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from typing_extensions import Self
 
+ENDPOINT = "SPOT_TEST_S3_ENDPOINT"
+_IS_GIVEN = ENDPOINT in os.environ
+_KEY = os.environ.get("AWS_ACCESS_KEY_ID", "test-key") if _IS_GIVEN else "test-key"
+_SECRET = os.environ.get("AWS_SECRET_ACCESS_KEY", "test-secret") if _IS_GIVEN else "test-secret"
 _START_TIMEOUT_S = 60.0
 
 
@@ -37,11 +42,11 @@ def free_port() -> int:
         return port
 
 
-def s3_options(port: int, *, secret: str = "test-secret", **more: Any) -> dict[str, Any]:
+def s3_options(port: int, *, secret: str | None = None, **more: Any) -> dict[str, Any]:
     """storage_options for an S3 server on this machine; short timeouts, since it answers at once or never."""
     return {
-        "key": "test-key",
-        "secret": secret,
+        "key": _KEY,
+        "secret": secret or _SECRET,
         "endpoint_url": f"http://127.0.0.1:{port}",
         "client_kwargs": {"region_name": "us-east-1"},
         "config_kwargs": {"connect_timeout": 2, "read_timeout": 20, "retries": {"max_attempts": 1}},
@@ -119,10 +124,16 @@ class TlsS3Server(S3Server):
 
 
 class GivenS3Server:
-    """A real server that is running already: SPOT_TEST_S3_ENDPOINT, with credentials where s3fs looks for them."""
+    """A real server that is running already: SPOT_TEST_S3_ENDPOINT, with credentials where s3fs looks for them.
+
+    port: of a server on this machine without TLS, which a proxy can stand in front of; None of any other.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.options: dict[str, Any] = {"endpoint_url": endpoint, "client_kwargs": {"region_name": "us-east-1"}}
+        address = urlsplit(endpoint)
+        is_near = address.scheme == "http" and address.hostname in {"127.0.0.1", "localhost"}
+        self.port = address.port if is_near else None
 
     def new_bucket(self) -> str:
         name = f"spot-test-{uuid.uuid4().hex[:12]}"
@@ -165,21 +176,13 @@ class OverwritingS3Server:
         command = str(Path(sys.executable).with_name("rclone"))
         address = f"127.0.0.1:{self.port}"
         self._process = subprocess.Popen(
-            [command, "serve", "s3", "--addr", address, "--auth-key", "test-key,test-secret", str(self._folder)],
+            [command, "serve", "s3", "--addr", address, "--auth-key", f"{_KEY},{_SECRET}", str(self._folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "RCLONE_CONFIG": str(self._folder / "none.conf")},
         )
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return self
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self._process.kill()
-                    raise
-                time.sleep(0.05)
+        wait_until_it_listens(self._process, self.port)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
@@ -189,6 +192,20 @@ class OverwritingS3Server:
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         fsspec.filesystem("s3", **self.options).mkdir(name)
         return name
+
+
+def wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
+    """Raises OSError, and ends the process, if it takes too long or has ended."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise
+            time.sleep(0.05)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
