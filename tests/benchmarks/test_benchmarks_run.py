@@ -52,3 +52,20 @@ def test_stall_measures_every_saver_and_leaves_nothing_behind(trainer: str, tmp_
     if trainer == "lightning":
         # ModelCheckpoint stores the frozen base with every checkpoint of adapters.
         assert rows["ModelCheckpoint"]["file_bytes"] > 2 * rows["SpotCallback"]["file_bytes"]
+
+
+def test_outage_measures_every_network_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One short turn of each: a row in the table and in the JSON, and the faults struck."""
+    work, figures = tmp_path / "work", tmp_path / "outage.json"
+    work.mkdir()
+    arguments = ["--step", "fixed", "--seconds", "1", "--repeat", "1", "--interval", "0.2"]
+    table = run("outage.py", *arguments, "--json", str(figures), "--folder", str(work))
+    [result] = json.loads(figures.read_text())["results"]
+    rows = {row["fault"]: row for row in result["rows"]}
+    assert len(rows) == 7
+    assert all(fault in table for fault in rows)
+    assert all(row["ratio"] > 0 for row in rows.values())
+    struck = {fault for fault, row in rows.items() if row["spoiled"]}
+    assert {"remote down", "SlowDown"} <= struck
+    assert not struck & {"none", "50 KB/s uplink"}
+    assert not list(work.iterdir())
