@@ -128,14 +128,14 @@ class Training:
                 if status["newest_durable"] and status["pending"] <= 1 and status["last_failure"] is None:
                     return
             time.sleep(0.1)
-        raise RuntimeError(f"the training did not drain: see {self.log.name}")
+        raise RuntimeError(f"the training did not drain: {Path(self.log.name).read_text()[-2000:]}")
 
     def between(self, begin: Moment, end: Moment) -> Speed:
         data = self.stamps.read_bytes()
         whole = data[: len(data) // STAMP.size * STAMP.size]
         inside = [stamp for stamp in STAMP.iter_unpack(whole) if begin.at <= stamp[0] <= end.at]
         if len(inside) < 2:
-            raise RuntimeError(f"no two steps in {end.at - begin.at:.1f} s: see {self.log.name}")
+            raise RuntimeError(f"no two steps in {end.at - begin.at:.1f} s: {Path(self.log.name).read_text()[-2000:]}")
         seconds = end.at - begin.at
         return Speed(
             len(inside) / seconds,

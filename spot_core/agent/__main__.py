@@ -22,11 +22,12 @@ from spot_core.agent.journal import Journal
 from spot_core.agent.process import Agent
 from spot_core.config import shown
 from spot_core.errors import ConfigError, SpotError
+from spot_core.store import incarnation
 from spot_core.store.identity import RunIdentity
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
-from spot_core.store.tier import open_tier
+from spot_core.store.tier import Tier, open_tier
 
 
 class _EventHandler(logging.Handler):
@@ -108,7 +109,11 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
             started=request["started"],
             timeout_s=request["start_timeout_s"],
             on_progress=on_progress,
+            is_wanted=lambda: _is_alive(trainer),
         )
+        if opened.incarnation is None:
+            drain = _drain(request, local, remote, incarnation.newest(local), opened.overflow)
+            opening.drain_end(local, remote, drain, opened, timeout_s=request["start_timeout_s"])
         restored = opened.restored
         number, resumed_step = opened.incarnation, restored.manifest.step if restored else 0
         overflow = opened.overflow
@@ -134,7 +139,20 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         )
         _send(stream, event="claimed", incarnation=number, overflow=str(overflow.folder or ""))
     _detach(Journal(local.root, number), request["log_level"])
-    drain = Drain(
+    return Agent(
+        local,
+        remote,
+        _drain(request, local, remote, number, overflow),
+        number=number,
+        overflow=overflow,
+        started=request["started"],
+        resumed_step=resumed_step,
+        is_trainer_alive=lambda: _is_alive(trainer),
+    )
+
+
+def _drain(request: dict[str, Any], local: PosixTier, remote: Tier, number: int, overflow: Overflow) -> Drain:
+    return Drain(
         local,
         remote,
         incarnation=number,
@@ -142,16 +160,6 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         keep_remote=request["keep_remote"],
         keep_every=request["keep_every"],
         overflow=overflow,
-    )
-    return Agent(
-        local,
-        remote,
-        drain,
-        number=number,
-        overflow=overflow,
-        started=request["started"],
-        resumed_step=resumed_step,
-        is_trainer_alive=lambda: _is_alive(trainer),
     )
 
 

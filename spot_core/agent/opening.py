@@ -14,8 +14,18 @@ from typing import TypeVar
 
 import stamina
 
+from spot_core.agent.drain import Drain
 from spot_core.agent.lives import Life, read_lives
-from spot_core.errors import ConfigError, CorruptCheckpointError, SpotError, TierDeniedError, TierError, is_full
+from spot_core.errors import (
+    AgentError,
+    ConfigError,
+    CorruptCheckpointError,
+    FencedError,
+    SpotError,
+    TierDeniedError,
+    TierError,
+    is_full,
+)
 from spot_core.store import identity as identities
 from spot_core.store import incarnation, resume, retention, volume
 from spot_core.store.identity import RunIdentity
@@ -51,16 +61,18 @@ def open_run(
     started: float,
     timeout_s: float,
     on_progress: OnProgress,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Opened:
     """Check, restore and claim, retrying an unreachable remote for `timeout_s` seconds.
 
+    is_wanted: asked right before the claim, which would fence a life that began meanwhile.
     Raises ConfigError (another run lives here, the local folder has no room), TierDeniedError, TierError (unreachable
     to the end), CorruptCheckpointError (checkpoints exist, none is valid).
     """
 
     def attempt() -> Opened:
         try:
-            return _open_once(local, remote, identity, is_resumed, started, on_progress=on_progress)
+            return _open_once(local, remote, identity, is_resumed, started, is_wanted, on_progress=on_progress)
         except TierError as error:
             if local.root.exists():
                 check_usable(local.root, 0)  # what is wrong with the local folder must not be blamed on the remote
@@ -100,6 +112,27 @@ def claim(local: PosixTier, remote: Tier, identity: RunIdentity, *, started: flo
     return _retried(timeout_s, lambda: _claim_once(local, remote, identity, started))
 
 
+def drain_end(local: PosixTier, remote: Tier, drain: Drain, opened: Opened, *, timeout_s: float) -> None:
+    """Bring the end of a finished run to the remote, if trainer and agent were lost before it got there.
+
+    A finished run gets no life and so no agent: without this it would stay on this disk. Raises TierError.
+    """
+    finished = opened.restored.manifest.name if opened.incarnation is None and opened.restored is not None else None
+    if finished is None or finished in resume.completions(remote):
+        return
+
+    def drain_all() -> None:
+        while drain.step(lambda *_: None) is not None:
+            pass
+
+    try:
+        _retried(timeout_s, drain_all)
+    except FencedError as error:
+        logger.warning("the end of training, %s, stays in %s: %s", finished, local.url, error)
+    else:
+        logger.warning("the end of training, %s, had not been drained; it is durable in %s now", finished, remote.url)
+
+
 _T = TypeVar("_T")
 
 
@@ -123,6 +156,7 @@ def _open_once(
     identity: RunIdentity,
     is_resumed: bool,
     started: float,
+    is_wanted: Callable[[], bool],
     *,
     on_progress: OnProgress,
 ) -> Opened:
@@ -143,6 +177,8 @@ def _open_once(
     ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
     if restored is not None and restored.manifest.name in ended:
         return Opened(None, restored, pin, [], ended[restored.manifest.name], overflow)
+    if not is_wanted():
+        raise AgentError("the trainer ended before its life was claimed: nothing was claimed")
     number = _claim_once(local, remote, identity, started)
     if is_resumed and _newest_name(local, remote, overflow) != newest:
         # The life before this one committed once more before it saw the claim.

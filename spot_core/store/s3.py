@@ -6,6 +6,7 @@ address may be wrong, and whoever opens the run counts the time. After that half
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -124,6 +125,7 @@ class S3:
         self._fs = fs
         self._bucket, _, self._prefix = root.partition("/")
         self._renewing = threading.Lock()
+        self._large = threading.Lock()
         self._renewals = 0
         fs.retries = RETRIES_AT_FIRST
 
@@ -163,6 +165,11 @@ class S3:
     def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> None:
         """Upload in parallel parts. A failed upload is aborted by s3fs, by its own id."""
         size = source.stat().st_size
+        # Of several large files each would hold its own parts in memory: those of one fill the network.
+        with self._large if size > PART_BYTES else contextlib.nullcontext():
+            self._put(source, path, size, on_bytes)
+
+    def _put(self, source: Path, path: str, size: int, on_bytes: OnBytes) -> None:
         progress = _Progress(on_bytes)
         part = max(PART_BYTES, -(-size // MAX_PARTS))
 

@@ -83,12 +83,13 @@ def assert_within_limits(
 ) -> None:
     """Nothing is left that retention should have deleted. Holds after an upload, once nothing waits to be drained."""
     here, there = resume.names(local), resume.names(remote)
+    newest = {*here[:keep_local], *there[:keep_remote]}
+    pinned = _pins(local, newest) | _pins(remote, newest)
     milestones = retention.milestones({*here, *there}, every=keep_every)
-    kept = {*here[:keep_local], *there[:keep_remote], *milestones}
-    lasting = kept | _pins(local, kept) | _pins(remote, kept)
-    for tier, names, keep in ((local, here, keep_local), (remote, there, keep_remote)):
-        left = [name for name in names[keep:] if name not in lasting]
-        assert not left, f"{', '.join(map(str, left))} should not be in {tier.url} any more"
+    lasting = milestones | _pins(remote, milestones)
+    for tier, left, kept in ((local, here[keep_local:], pinned), (remote, there[keep_remote:], pinned | lasting)):
+        wrong = [str(name) for name in left if name not in kept]
+        assert not wrong, f"{', '.join(wrong)} should not be in {tier.url} any more"
 
 
 def assert_swept(tier: Tier, *, before_incarnation: int) -> None:
