@@ -126,8 +126,8 @@ class CoreSaver(Saver):
     def start(self) -> None:
         state = self.state()
         files: list[NativeFile] = [
-            SafetensorsFile(path="model.safetensors", tensors=state["model"]),
-            TorchFile(path="optimizer.pt", tree=state["optimizer"]),
+            SafetensorsFile(path="checkpoint/model.safetensors", tensors=state["model"]),
+            TorchFile(path="checkpoint/optimizer.pt", tree=state["optimizer"]),
         ]
         self._writer.submit(self._snapshotter.take(files), self._manifest(), self._done)
 
@@ -156,6 +156,6 @@ class CoreSaver(Saver):
             useful_s=0.0,
             created=time.time(),
             framework="transformers",
-            native=".",
+            native="checkpoint",
             files=(),
         )

@@ -176,10 +176,10 @@ class Drain:
     def _drain_completions(self) -> None:
         tiers = [tier for tier in (self._overflow.tier, self._local if self._is_local_known else None) if tier]
         ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
-        for name in ended.keys() - self._completed:
-            if name in self._durable:
-                resume.mark_complete(self._remote, name, ended[name])
-                self._completed.add(name)
+        for name in (ended.keys() - self._completed) & self._durable:
+            incarnation.check_fence(self._remote, self._incarnation)
+            resume.mark_complete(self._remote, name, ended[name])
+            self._completed.add(name)
 
     def prune(self) -> None:
         """Delete what is superseded on both tiers. Only names verified on the remote in this life or listed count."""
