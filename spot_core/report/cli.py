@@ -24,7 +24,7 @@ from rich.text import Text
 
 from spot_core.chaos.command import chaos
 from spot_core.config import describe_key_file, shown, signing_keys_from, storage_options_from
-from spot_core.errors import ConfigError, FencedError, SpotError
+from spot_core.errors import ConfigError, FencedError, SpotError, TierError
 from spot_core.progress import byte_bar
 from spot_core.report import draining, places, prune, repair, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
@@ -32,14 +32,15 @@ from spot_core.report.log import make_visible
 
 logger = logging.getLogger(__name__)
 
-EXIT_ERROR, EXIT_CONFIG, EXIT_FENCED = 1, 2, 4
+EXIT_ERROR, EXIT_CONFIG, EXIT_LOCAL_ONLY, EXIT_FENCED = 1, 2, 3, 4
 
 app = typer.Typer(
     name="spot",
     help="Runs on spot GPUs: what is stored, whether it is whole, and how to get it back.",
     epilog="URL is any fsspec URL or a path. SPOT_STORAGE_OPTIONS holds the file system's options, such as "
     "credentials, as a JSON object. SPOT_SIGNING_KEY holds the key of a run whose manifests are signed.\n\n"
-    "Exit codes: 0 done, 1 damage or storage that does not answer, 2 wrong call or place, 4 a newer life exists.",
+    "Exit codes: 0 done, 1 damage or storage that does not answer, 2 wrong call or place, 3 storage did not answer and "
+    "what this host knows was shown, 4 a newer life exists.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -107,17 +108,30 @@ def ls(url: AnyUrl, key_file: KeyFile = None, as_json: AsJson = False) -> None:
 def show_status(
     url: RunUrl,
     local: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run's local folder: shows what is not drained yet.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run's local folder: shows what is not drained yet, and does without a URL that cannot be read.",
+        ),
     ] = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how a run stands: its lives, what is durable, what is at risk, and its goodput."""
-    view = status.status(places.open_run(url, _options(), _keys(key_file)), local, now=time.time())
+    now, options, keys = time.time(), _options(), _keys(key_file)
+    try:
+        view = status.status(places.open_run(url, options, keys), local, now=now)
+    except TierError as error:
+        if local is None:
+            hint = "--local DIR, the run's folder on its host, shows what that host knows"
+            raise type(error)(f"{_message(error)}. {hint}") from error
+        view = status.status_of_host(url, local, keys, remote_error=_message(error), now=now)
     if as_json:
         _print_json(dataclasses.asdict(view))
     else:
         tables.show(status_report.status_report(view))
+    if view.remote_error is not None:
+        raise typer.Exit(EXIT_LOCAL_ONLY)
 
 
 @app.command("verify")
@@ -171,7 +185,8 @@ def prune_stored(
 ) -> None:
     """Delete a run's superseded checkpoints, never the newest one nor what one that stays refers to.
 
-    The newest is read back whole first. Refused while a life of the run is active: its agent prunes by itself.
+    The newest is read back whole first. A manifest that is damaged, or not signed with the run's key, is neither
+    counted nor deleted. Refused while a life of the run is active: its agent prunes by itself.
     """
     tier = places.open_run(url, _options(), _keys(key_file)).tier
     with byte_bar("verifying the newest") as on_progress:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from spot_core.config import absolute_url
+from spot_core.config import absolute_url, shown
 from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError
 from spot_core.store import layout
 from spot_core.store.identity import read_run
@@ -64,6 +64,11 @@ def open_runs(
     if not runs:
         raise _nothing(tier, entries)
     return None, runs
+
+
+def address(url: str) -> str:
+    """The URL of the tier at `url`, as the tier would tell it, without reaching for it."""
+    return shown(absolute_url(url.removeprefix("file://").removeprefix("local://")))
 
 
 def in_parallel(function: Callable[[_A], _B], items: Iterable[_A]) -> list[_B]:

@@ -83,11 +83,12 @@ class LifeView:
 def checkpoints(tier: Tier, *, now: float) -> list[CheckpointView]:
     """Every committed checkpoint, newest first."""
     ended = resume.completions(tier)
-    views = in_parallel(lambda name: _checkpoint(tier, name, name in ended, now=now), resume.names(tier))
+    views = in_parallel(lambda name: checkpoint(tier, name, name in ended, now=now), resume.names(tier))
     return [view for view in views if view is not None]
 
 
-def _checkpoint(tier: Tier, name: CheckpointName, is_complete: bool, *, now: float) -> CheckpointView | None:
+def checkpoint(tier: Tier, name: CheckpointName, is_complete: bool, *, now: float) -> CheckpointView | None:
+    """One checkpoint of a tier, None if it is not committed there."""
     try:
         manifest = resume.read_manifest(tier, name)
     except FileNotFoundError:

@@ -30,6 +30,10 @@ def status_report(view: StatusView) -> RenderableType:
     for name, value in view.facts.items():
         facts.add_row(name, str(value))
     parts: list[RenderableType] = [facts, "", _lives_table(view.lives)]
+    if view.remote_error is not None:
+        parts.insert(
+            0, line("bold red", f"the remote cannot be read, all below is what this host knows: {view.remote_error}")
+        )
     hidden = len(view.lives) - _LIVES_SHOWN
     if hidden > 0:
         parts.append(line("dim", f"the newest {_LIVES_SHOWN}; {count(hidden, 'life')} before them: see --json"))
@@ -42,7 +46,8 @@ def status_report(view: StatusView) -> RenderableType:
     summary.add_row("durable", _durable(view))
     if view.local is not None:
         _add_local(summary, view.local)
-    summary.add_row("useful time", duration(view.useful_s))
+    if view.useful_s is not None:
+        summary.add_row("useful time", duration(view.useful_s))
     if view.goodput is not None:
         summary.add_row(
             "goodput", f"{share(view.goodput)} of {duration(view.lives_duration_s)} in {_ended(view.lives)}"
@@ -76,8 +81,9 @@ def _lives_table(views: Sequence[LifeView]) -> RenderableType:
 def _durable(view: StatusView) -> Text:
     newest = view.newest_durable
     if newest is None:
-        return Text("no checkpoint yet", style="yellow")
-    text = Text(f"step {newest.step:,}, {ago(newest.age_s or 0.0)}, checkpoint {newest.name}")
+        return Text("no checkpoint yet" if view.remote_error is None else "none that is known here", style="yellow")
+    age = f", {ago(newest.age_s)}" if newest.age_s is not None else ""
+    text = Text(f"step {newest.step:,}{age}, checkpoint {newest.name}")
     if view.is_complete:
         text.append("; training ended here", style="green")
     return text
@@ -94,9 +100,9 @@ def _add_local(grid: Table, view: LocalView) -> None:
         grid.add_row("local disk", Text(why, style="yellow"))
     if view.in_memory:
         grid.add_row("in memory", Text(", ".join(view.in_memory) + ": lost with this machine", style="yellow"))
-    if view.gap_steps is not None and view.gap_s is not None:
-        at_risk = f"{count(view.gap_steps, 'step')}, {duration(view.gap_s)} of training since the durable one"
-        grid.add_row("at risk", at_risk)
+    if view.gap_steps is not None:
+        gap = f", {duration(view.gap_s)} of training" if view.gap_s is not None else ""
+        grid.add_row("at risk", f"{count(view.gap_steps, 'step')}{gap} since the durable one")
     if view.agent is not None:
         grid.add_row("agent", _agent(view.agent))
 

@@ -50,10 +50,15 @@ class Overflow:
 
     @classmethod
     def of(cls, remote: Tier, run_id: str) -> Overflow:
-        """That of the run on `remote`. By this name a next life finds it with another local folder, too."""
+        """That of the run on `remote`."""
+        return cls.at(remote.url, run_id, remote.signing)
+
+    @classmethod
+    def at(cls, url: str, run_id: str, signing: Signing) -> Overflow:
+        """That of the run at a remote's URL. By this name a next life finds it with another local folder, too."""
         place = _place()
-        digest = blake3(f"{os.getuid()}\n{run_id}\n{remote.url}".encode()).hexdigest()[:24]
-        return cls(place / f"spot-{digest}" if place is not None else None, remote.signing)
+        digest = blake3(f"{os.getuid()}\n{run_id}\n{url}".encode()).hexdigest()[:24]
+        return cls(place / f"spot-{digest}" if place is not None else None, signing)
 
     @property
     def tier(self) -> PosixTier | None:

@@ -25,6 +25,9 @@ from spot_core.store.tier import OnBytes, Tier, check_record, check_size, digest
 
 logger = logging.getLogger(__name__)
 
+# Before each one but the first all that the one before showed was tried in vain.
+_MOST_LISTINGS = 5
+
 OnProgress = Callable[[int, int], None]
 # Where a checkpoint that is to be downloaded has room: the local tier or the overflow. Raises ConfigError.
 FindRoom = Callable[[Manifest], PosixTier]
@@ -148,31 +151,38 @@ def newest_valid(
     """The newest checkpoint of any tier that verifies, now on the local tier; None if there is none at all.
 
     overflow: what a full disk left in memory; a checkpoint may stay there. find_room: the local tier by default.
+    The agent of the life before may still commit and prune: what it superseded after it was listed is no damage.
     Raises CorruptCheckpointError if checkpoints exist but none is valid, TierError if a tier cannot be read: a
     fresh start follows only a successful empty listing.
     """
-    here, there = set(names(local)), set(names(remote))
-    over = set(names(overflow)) if overflow is not None else set()
+    tried: set[CheckpointName] = set()
     reasons: list[str] = []
-    for name in sorted(here | there | over, reverse=True):
-        try:
-            return fetch(
-                name,
-                local,
-                remote,
-                here=name in here,
-                there=name in there,
-                overflow=overflow if name in over else None,
-                find_room=find_room,
-                on_progress=on_progress,
-            )
-        except CorruptCheckpointError as error:
-            reasons.append(str(error))
-            what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
-            logger.warning("checkpoint %s is %s, trying the next older one: %s", name, what, error)
+    for _ in range(_MOST_LISTINGS):
+        here, there = set(names(local)), set(names(remote))
+        over = set(names(overflow)) if overflow is not None else set()
+        untried = (here | there | over) - tried
+        if not untried:
+            break
+        tried |= untried
+        for name in sorted(untried, reverse=True):
+            try:
+                return fetch(
+                    name,
+                    local,
+                    remote,
+                    here=name in here,
+                    there=name in there,
+                    overflow=overflow if name in over else None,
+                    find_room=find_room,
+                    on_progress=on_progress,
+                )
+            except CorruptCheckpointError as error:
+                reasons.append(str(error))
+                what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
+                logger.warning("checkpoint %s is %s, trying the next older one: %s", name, what, error)
     if reasons:
         raise CorruptCheckpointError(
-            f"{len(here | there | over)} checkpoints exist in {remote.url} and {local.url}, none is valid:\n  "
+            f"{len(tried)} checkpoints exist in {remote.url} and {local.url}, none is valid:\n  "
             + "\n  ".join(reasons)
             + "\nNothing was deleted. Repair one of them (spot repair), or start over on purpose with resume=False."
         )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from spot_core.agent import lives
 from spot_core.agent.journal import AgentStatus, Journal, Progress
-from spot_core.store import layout
+from spot_core.config import STORAGE_OPTIONS
+from spot_core.report.places import address
+from spot_core.store import incarnation, layout, retention
+from spot_core.store.layout import CheckpointName
+from spot_core.store.tier import open_tier
 from tests.report.conftest import Spot
 from tests.report.stored import FACTS, BuiltRun
+from tests.servers import S3Server, free_port, s3_options
 
 
 def test_status_names_the_run_and_its_facts(spot: Spot, run: BuiltRun) -> None:
@@ -172,3 +180,89 @@ def test_a_local_folder_without_a_run_is_refused(spot: Spot, two_tiers: BuiltRun
     result = spot("status", two_tiers.url, "--local", tmp_path)
     assert result.code == 2
     assert "no local copy of run alpaca" in result.err
+
+
+# -- a remote that cannot be read ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut_off(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltRun:
+    """A life that trains through an outage: step 100 is durable, 110 and 120 are not, and nothing listens now."""
+    remote = open_tier(f"s3://{s3_server.new_bucket()}/team/alpaca", s3_server.options)
+    run = BuiltRun(tmp_path / "nvme" / "alpaca", remote)
+    run.live(steps=(0, 100))
+    durable = run.commit(100, useful_s=50)
+    run.drain()
+    run.commit(110, useful_s=55)
+    run.commit(120, useful_s=60)
+    journal = Journal(run.local.root, run.number)
+    journal.open_progress(Progress(125, 62.5, 0))
+    status = AgentStatus(newest_durable=str(durable), durable=[str(durable)])
+    status.failures, status.last_failure = 3, "connection refused"
+    journal.write_status(status)
+    monkeypatch.setenv(STORAGE_OPTIONS, json.dumps(s3_options(free_port())))
+    return run
+
+
+def test_without_the_remote_the_local_folder_shows_what_this_host_knows(spot: Spot, cut_off: BuiltRun) -> None:
+    shown = spot("status", cut_off.url, "--local", cut_off.local.root)
+    result = spot("status", cut_off.url, "--local", cut_off.local.root, "--json")
+    view, here = result.json, result.json["local"]
+
+    assert (shown.code, result.code) == (3, 3)
+    assert (view["run"], view["url"], view["facts"]) == ("alpaca", cut_off.url, FACTS)
+    assert "Could not connect" in view["remote_error"]
+    assert view["newest_durable"]["step"] == 100 and view["goodput"] is None
+    assert [name.partition("-")[2] for name in here["undrained"]] == ["000000000120", "000000000110"]
+    assert (here["step"], here["gap_steps"], here["gap_s"]) == (125, 25, 12.5)
+    assert (here["agent"]["failures"], here["agent"]["is_alive"]) == (3, False)
+    assert [life["step"] for life in view["lives"]] == [125]
+    told = [line for line in shown.out.splitlines() if "the remote cannot be read" in line]
+    assert len(told) == 1 and "Could not connect" in told[0]
+    assert "25 steps, 12s of training since the durable one" in shown.out
+    assert "2 checkpoints" in shown.out and "connection refused" in shown.out
+
+
+def test_where_no_copy_of_the_durable_one_is_left_only_its_step_is_known(spot: Spot, cut_off: BuiltRun) -> None:
+    retention.delete_checkpoints(cut_off.local, [CheckpointName(1, 100)])
+    here = spot("status", cut_off.url, "--local", cut_off.local.root, "--json").json["local"]
+    assert (here["gap_steps"], here["gap_s"], len(here["undrained"])) == (25, None, 2)
+    out = spot("status", cut_off.url, "--local", cut_off.local.root).out
+    assert "25 steps since the durable one" in out
+    assert "step 100, checkpoint 000001-000000000100" in out
+    assert "useful time" not in out
+
+
+def test_what_an_agent_of_a_life_before_knew_to_be_durable_counts(spot: Spot, cut_off: BuiltRun) -> None:
+    """The agent of a life that began right before the outage may not have seen the remote yet."""
+    number = incarnation.newest(cut_off.local) + 1
+    cut_off.local.create(layout.incarnation(number), cut_off.local.read(layout.incarnation(1)))
+    journal = Journal(cut_off.local.root, number)
+    journal.open_progress(Progress(130, 65.0, 120))
+    journal.write_status(AgentStatus(failures=1))
+    here = spot("status", cut_off.url, "--local", cut_off.local.root, "--json").json["local"]
+    assert (here["incarnation"], here["gap_steps"], here["gap_s"]) == (number, 30, 15.0)
+
+
+def test_without_any_agent_nothing_is_known_to_be_durable(spot: Spot, cut_off: BuiltRun) -> None:
+    cut_off.local.delete([layout.JOURNAL])
+    result = spot("status", cut_off.url, "--local", cut_off.local.root)
+    assert result.code == 3 and "none that is known here" in result.out
+    assert spot("status", cut_off.url, "--local", cut_off.local.root, "--json").json["newest_durable"] is None
+
+
+def test_without_the_remote_and_a_local_folder_the_error_names_the_option(spot: Spot, cut_off: BuiltRun) -> None:
+    result = spot("status", cut_off.url)
+    assert (result.code, result.out) == (1, "")
+    assert "Could not connect" in result.err and "--local DIR" in result.err
+
+
+def test_without_the_remote_a_folder_without_the_run_is_refused(spot: Spot, cut_off: BuiltRun, tmp_path: Path) -> None:
+    result = spot("status", cut_off.url, "--local", tmp_path)
+    assert result.code == 2 and "no local copy of run alpaca" in result.err
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "{folder}/run", "file://{folder}/run/"])
+def test_the_address_of_a_tier_is_known_without_reaching_it(url: str, tmp_path: Path) -> None:
+    url = url.format(folder=tmp_path)
+    assert address(url) == open_tier(url, s3_options(free_port())).url

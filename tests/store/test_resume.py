@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import CorruptCheckpointError, TierDeniedError, TierError
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -243,6 +243,50 @@ def test_the_error_is_the_same_when_it_is_tried_again(local: PosixTier, remote: 
     for _ in range(2):
         with pytest.raises(CorruptCheckpointError, match=str(NEW)):
             restore(local, remote)
+
+
+# -- the agent of the life before goes on ----------------------------------------------------------------------
+
+
+class SupersededRemote(PosixTier):
+    """Each time a manifest is read another life's agent commits the next checkpoint first, and prunes the others."""
+
+    def __init__(self, root: Path, *, times: int, is_sound: bool = True) -> None:
+        super().__init__(root)
+        self._left, self._is_sound = times, is_sound
+
+    def read(self, path: str) -> bytes:
+        if self._left > 0 and path.startswith(layout.MANIFESTS):
+            self._left -= 1
+            agents = PosixTier(self.root)
+            before = resume.names(agents)
+            manifest = commit_checkpoint(agents, CheckpointName(1, before[0].step + 10))
+            if not self._is_sound:
+                _flip_a_bit(agents, manifest)
+            retention.delete_checkpoints(agents, before)
+        return super().read(path)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_superseded_all_that_was_listed_is_found(local: PosixTier, remote: PosixTier, times: int) -> None:
+    commit_checkpoint(remote, OLD)
+    expected = CheckpointName(1, OLD.step + 10 * times)
+    assert_restored(local, SupersededRemote(remote.root, times=times), expected, "remote")
+
+
+def test_a_damaged_successor_is_no_fresh_start(local: PosixTier, remote: PosixTier) -> None:
+    commit_checkpoint(remote, OLD)
+    with pytest.raises(CorruptCheckpointError, match="Nothing was deleted") as caught:
+        restore(local, SupersededRemote(remote.root, times=1, is_sound=False))
+    assert f"manifest {OLD} vanished" in str(caught.value)
+    assert f"{NEW}/checkpoint-20/model.bin does not have the digest" in str(caught.value)
+
+
+def test_an_agent_that_is_always_faster_is_not_chased_for_ever(local: PosixTier, remote: PosixTier) -> None:
+    commit_checkpoint(remote, OLD)
+    with pytest.raises(CorruptCheckpointError, match="none is valid"):
+        restore(local, SupersededRemote(remote.root, times=1_000))
+    assert len(resume.names(remote)) == 1
 
 
 # -- a tier that cannot be read --------------------------------------------------------------------------------
