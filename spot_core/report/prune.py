@@ -3,6 +3,9 @@
 Nothing goes before the newest checkpoint was read back whole, and nothing while a life is active: its agent prunes by
 itself, and may be about to commit a checkpoint that refers to an old one. Should a life begin meanwhile, pruning stops:
 what it could resume from stays in any case. A crash leaves at most a folder without a manifest, for the next sweep.
+
+A manifest that is damaged, or a stranger's, is never deleted and takes the place of nothing. What it refers to cannot
+be read. It is the checkpoint before it, or what that one refers to: both stay where it would have stayed itself.
 """
 
 from __future__ import annotations
@@ -24,35 +27,44 @@ from spot_core.store.tier import Tier
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """A checkpoint that may go. size_bytes is None where its manifest cannot be read."""
+    """A checkpoint that may go."""
 
     name: CheckpointName
-    size_bytes: int | None
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What may go, oldest first, and what stays, newest first. incarnation: the newest life when this was found."""
+    """What may go, oldest first, and what stays, newest first. incarnation: the newest life when this was found.
+
+    unreadable: what stays besides, since its manifest is damaged or not signed with this run's key.
+    """
 
     doomed: tuple[Superseded, ...]
     kept: tuple[CheckpointName, ...]
+    unreadable: tuple[CheckpointName, ...]
     incarnation: int
 
     @property
     def size_bytes(self) -> int:
-        return sum(each.size_bytes or 0 for each in self.doomed)
+        return sum(each.size_bytes for each in self.doomed)
 
     def as_json(self) -> dict[str, Any]:
         """For machines: what `spot prune --json` prints."""
         doomed = [{"name": str(each.name), "size_bytes": each.size_bytes} for each in self.doomed]
-        return {"size_bytes": self.size_bytes, "superseded": doomed, "kept": [str(name) for name in self.kept]}
+        return {
+            "size_bytes": self.size_bytes,
+            "superseded": doomed,
+            "kept": [str(name) for name in self.kept],
+            "unreadable": [str(name) for name in self.unreadable],
+        }
 
 
 def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progress: OnProgress) -> PrunePlan:
     """Find what may go, and read the newest checkpoint back if anything may. Deletes nothing.
 
-    Raises ConfigError (a life is active, or this is a local folder), CorruptCheckpointError (the newest checkpoint or
-    the manifest of one that stays is damaged), TierError.
+    Raises ConfigError (a life is active, or this is a local folder), CorruptCheckpointError (the newest checkpoint is
+    damaged), TierError.
     """
     if layout.JOURNAL in tier.list(""):
         raise ConfigError(
@@ -63,14 +75,16 @@ def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progre
     runs.check_no_active_life(tier, now=now, undone="deleted", advice="its agent prunes by itself")
     names = resume.names(tier)
     read = dict(zip(names, in_parallel(lambda name: _manifest(tier, name), names), strict=True))
+    manifests = {name: found for name, found in read.items() if isinstance(found, Manifest)}
     newer = [name for name in names if isinstance(read[name], NewerFormatError)]
-    manifests = {name: found if isinstance(found, Manifest) else None for name, found in read.items()}
-    doomed = _superseded(tier, manifests, keep=keep, keep_every=keep_every, newer=newer)
+    unreadable = [name for name in names if name not in manifests and name not in newer]
+    doomed = _superseded(tier, manifests, keep=keep, keep_every=keep_every, newer=newer, unreadable=unreadable)
     if doomed:
-        _verify_newest(tier, manifests[names[0]], on_progress)
+        _verify_newest(tier, manifests[max(manifests)], on_progress)
     return PrunePlan(
-        doomed=tuple(Superseded(name, _size_bytes(manifests[name])) for name in doomed),
-        kept=tuple(name for name in names if name not in doomed),
+        doomed=tuple(Superseded(name, manifests[name].total_bytes) for name in doomed),
+        kept=tuple(name for name in names if name not in {*doomed, *unreadable}),
+        unreadable=tuple(unreadable),
         incarnation=number,
     )
 
@@ -93,41 +107,38 @@ def execute(tier: Tier, found: PrunePlan) -> None:
 
 
 def _so_far(found: PrunePlan, index: int) -> str:
-    freed = size(sum(each.size_bytes or 0 for each in found.doomed[:index]))
+    freed = size(sum(each.size_bytes for each in found.doomed[:index]))
     return f"{index} of {count(len(found.doomed), 'checkpoint')} deleted, {freed} freed."
 
 
 def _superseded(
     tier: Tier,
-    manifests: Mapping[CheckpointName, Manifest | None],
+    manifests: Mapping[CheckpointName, Manifest],
     *,
     keep: int,
     keep_every: int | None,
     newer: Collection[CheckpointName],
+    unreadable: Collection[CheckpointName],
 ) -> list[CheckpointName]:
-    newest_first = sorted(manifests, reverse=True)
+    newest_first = sorted({*manifests, *newer}, reverse=True)
     milestones = retention.milestones(newest_first, every=keep_every)
+    for name in retention.milestones({*newest_first, *unreadable}, every=keep_every).intersection(unreadable):
+        milestones.update([each for each in newest_first if each < name][:1])
     pinned = set()
     for name in {*newest_first[:keep], *milestones}:
-        manifest = manifests[name]
         if name in newer:
             raise ConfigError(
                 f"checkpoint {name} in {tier.url} was committed by a newer release, so what it refers to is not known. "
                 "Nothing was deleted. Upgrade spot-callbacks, then prune."
             )
-        if manifest is None:
-            raise CorruptCheckpointError(
-                f"the manifest of checkpoint {name} in {tier.url} is damaged, so what it refers to is not known. "
-                "Nothing was deleted. spot verify shows the damage, spot repair mends it from the other copy."
-            )
-        if manifest.pins is not None:
-            pinned.add(manifest.pins)
+        pin = manifests[name].pins
+        if pin is not None:
+            pinned.add(pin)
     pinned |= milestones | set(newer)  # what a newer release committed is for that one to delete
     return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned)
 
 
-def _verify_newest(tier: Tier, newest: Manifest | None, on_progress: OnProgress) -> None:
-    assert newest is not None  # among those that stay, whose manifests were read
+def _verify_newest(tier: Tier, newest: Manifest, on_progress: OnProgress) -> None:
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -150,7 +161,3 @@ def _manifest(tier: Tier, name: CheckpointName) -> Manifest | CorruptCheckpointE
         return error
     except FileNotFoundError as error:
         raise TierError(f"{name} vanished from {tier.url} while it was read; nothing was deleted") from error
-
-
-def _size_bytes(manifest: Manifest | None) -> int | None:
-    return None if manifest is None else manifest.total_bytes

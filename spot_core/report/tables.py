@@ -147,20 +147,21 @@ def verify_report(views: Sequence[VerifiedRun]) -> RenderableType:
 
 def prune_report(plan: PrunePlan, *, is_done: bool) -> RenderableType:
     """What `spot prune` deleted, or would delete."""
+    names = ", ".join(map(str, plan.unreadable))
+    why = "kept and not counted, since the manifest is damaged or not signed with this run's key, see spot verify: "
+    besides = [line("yellow", why + names)] if plan.unreadable else []
     if not plan.doomed:
-        return line("green", f"nothing to delete: all of {count(len(plan.kept), 'checkpoint')} stay")
+        return Group(line("green", f"nothing to delete: all of {count(len(plan.kept), 'checkpoint')} stay"), *besides)
     table = new_table()
     table.add_column("Deleted" if is_done else "Would be deleted", no_wrap=True)
     add_numbers(table, "Step", "Size")
     for each in plan.doomed:
-        table.add_row(
-            str(each.name), _number(each.name.step), "?" if each.size_bytes is None else size(each.size_bytes)
-        )
+        table.add_row(str(each.name), _number(each.name.step), size(each.size_bytes))
     freed, stay = size(plan.size_bytes), ", ".join(map(str, plan.kept))
     what = f"{count(len(plan.doomed), 'checkpoint')} deleted, {freed} freed"
     if not is_done:
         what = f"{count(len(plan.doomed), 'checkpoint')} would be deleted, {freed} freed; nothing was deleted"
-    return Group(table, "", line("green" if is_done else "yellow", what), line("", f"kept: {stay}"))
+    return Group(table, "", line("green" if is_done else "yellow", what), line("", f"kept: {stay}"), *besides)
 
 
 def repair_report(repair: Repair, source: str) -> RenderableType:

@@ -192,23 +192,49 @@ def test_a_damaged_newest_checkpoint_keeps_the_older_ones(spot: Spot, run: Built
     assert _steps(run.remote) == [30, 20, 10]
 
 
-def test_a_damaged_manifest_of_one_that_stays_may_hide_a_pin(spot: Spot, run: BuiltRun) -> None:
-    run.commit(10)
-    damaged = run.commit(20)
-    run.commit(30)
-    run.local.path(layout.manifest(damaged)).write_bytes(b"{")
+@pytest.mark.parametrize("step", [10, 20, 30, 40, 50])
+def test_a_damaged_manifest_stays_and_takes_the_place_of_nothing(spot: Spot, run: BuiltRun, step: int) -> None:
+    names = {step: run.commit(step) for step in (10, 20, 30, 40, 50)}
+    run.local.path(layout.manifest(names[step])).write_bytes(b"{")
+    newest_two = [name.step for name in names.values() if name.step != step][-2:]
     result = spot("prune", run.url)
-    assert result.code == 1
-    assert f"manifest of checkpoint {damaged}" in result.err and "Nothing was deleted" in result.err
-    assert _steps(run.remote) == [30, 20, 10]
+    assert result.code == 0
+    assert _steps(run.remote) == sorted({*newest_two, step}, reverse=True)
+    told = [line for line in result.out.splitlines() if str(names[step]) in line]
+    assert len(told) == 1 and "kept and not counted" in told[0]
 
 
-def test_a_damaged_manifest_of_one_that_goes_is_in_nobodys_way(spot: Spot, run: BuiltRun) -> None:
-    damaged = run.commit(10)
-    run.commit(20)
+@pytest.mark.parametrize("best", [10, 40])
+def test_what_a_damaged_manifest_may_refer_to_stays(spot: Spot, run: BuiltRun, best: int) -> None:
+    """Until it is mended nobody can read which one that is."""
+    names = {step: run.commit(step) for step in (10, 20, 30)}
+    names[40] = run.commit(40, pins=names[10] if best == 10 else None)
+    damaged = run.commit(50, pins=names[best])
+    sound = run.local.read(layout.manifest(damaged))
     run.local.path(layout.manifest(damaged)).write_bytes(b"{")
     assert spot("prune", run.url, "--keep", 1).code == 0
-    assert _steps(run.remote) == [20]
+    assert set(_steps(run.remote)) == {50, 40, best}
+    run.local.replace(layout.manifest(damaged), sound)
+    assert_run_invariants(run.local, run.remote, durable=damaged)
+
+
+def test_what_a_damaged_milestone_may_refer_to_stays(spot: Spot, run: BuiltRun) -> None:
+    best = run.commit(40)
+    run.commit(90, pins=best)
+    milestone = run.commit(105, pins=best)
+    for step in (110, 150, 160):
+        run.commit(step)
+    run.local.path(layout.manifest(milestone)).write_bytes(b"{")
+    assert spot("prune", run.url, "--keep", 1, "--keep-every", 100).code == 0
+    assert _steps(run.remote) == [160, 110, 105, 90, 40]
+
+
+def test_where_no_manifest_can_be_read_nothing_is_deleted(spot: Spot, run: BuiltRun) -> None:
+    for step in (10, 20):
+        run.local.path(layout.manifest(run.commit(step))).write_bytes(b"{")
+    result = spot("prune", run.url, "--keep", 1)
+    assert result.code == 0 and "nothing to delete" in result.out and "kept and not counted" in result.out
+    assert _steps(run.remote) == [20, 10]
 
 
 @pytest.mark.parametrize("kind", [TierError, TierDeniedError])
@@ -276,6 +302,7 @@ def test_pruning_says_for_machines_what_it_did(spot: Spot, run: BuiltRun, is_dry
     assert result.code == 0
     assert result.json["is_deleted"] is not is_dry
     assert result.json["kept"] == [str(names[2]), str(names[1])]
+    assert result.json["unreadable"] == []
     assert [each["name"] for each in result.json["superseded"]] == [str(names[0])]
     assert result.json["size_bytes"] == result.json["superseded"][0]["size_bytes"] > 0
     assert (names[0] in resume.names(run.local)) is is_dry
