@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +29,8 @@ from spot_core.store.signing import Signing
 
 logger = logging.getLogger(__name__)
 
-# Each agent that is killed while it opens the run costs a start: what kills every one of them must be told.
-_RESTARTS_AT_OPENING = 2
+# Each agent that is killed before it has a life costs a start: what kills every one of them must be told.
+_RESTARTS_AT_START = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class AgentClient:
         self._identity = identity
         self._started = time.time()
         self._process: subprocess.Popen[str] | None = None
+        self._restored: str | None = None
         self.incarnation: int | None = None
         self.overflow = Overflow(None)
 
@@ -79,8 +82,8 @@ class AgentClient:
         """
         if (warning := describe_key_file(self._config.signing_key_file)) is not None:
             logger.warning("%s", warning)
-        event = self._start_until_open()
-        self.incarnation = event["incarnation"]
+        event = self._until_not_killed(lambda: self._start(None))
+        self.incarnation, self._restored = event["incarnation"], event["restored"]
         return OpenedRun(
             incarnation=event["incarnation"],
             restored=CheckpointName.parse(event["restored"] or ""),
@@ -91,17 +94,33 @@ class AgentClient:
         )
 
     def claim(self) -> int:
-        """Claim a life after all, for a run that looked finished."""
+        """Claim a life after all, for a run that looked finished.
+
+        An agent that was killed meanwhile is started again, and opens the run once more.
+        Raises what the agent raised, AgentError if the run went on elsewhere since it was opened.
+        """
+        self.incarnation = self._until_not_killed(self._claim)["incarnation"]
+        assert self.incarnation is not None
+        return self.incarnation
+
+    def _claim(self) -> dict[str, Any]:
+        if self.exit_code() is not None:
+            opened = self._start(None)
+            if opened["restored"] != self._restored:
+                raise AgentError(
+                    f"the run went on elsewhere: its newest checkpoint was {self._restored} and is "
+                    f"{opened['restored']} now. Training was not started and nothing was deleted. Run the same command "
+                    "again to continue from there."
+                )
+            if opened["incarnation"] is not None:
+                return opened
         process = self._process
-        assert process is not None and process.stdin is not None
-        process.stdin.write("claim\n")
-        process.stdin.flush()
+        assert process is not None
+        _tell(process, "claim")
         event = _await(process, "claimed")
         self._found_overflow(event)
-        self.incarnation = event["incarnation"]
-        assert self.incarnation is not None
         _release(process)
-        return self.incarnation
+        return event
 
     def _found_overflow(self, event: dict[str, Any]) -> None:
         folder = event["overflow"]
@@ -120,15 +139,20 @@ class AgentClient:
         if self._process is not None:
             _release(self._process)
 
-    def _start_until_open(self) -> dict[str, Any]:
-        for _ in range(_RESTARTS_AT_OPENING):
+    def _until_not_killed(self, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        for is_last in (*[False] * _RESTARTS_AT_START, True):
             try:
-                return self._start(None)
+                return attempt()
             except AgentError as error:
                 if (self.exit_code() or 0) >= 0:
                     raise
+                if is_last:
+                    raise AgentError(
+                        f"{error}, as did those before it. Training was not started and nothing was deleted. Find out "
+                        "what kills it (a lack of memory?), then run the same command again."
+                    ) from error
                 logger.warning("%s, starting it again", error)
-        return self._start(None)
+        raise AssertionError("the last attempt returns or raises")
 
     def _start(self, incarnation: int | None) -> dict[str, Any]:
         request = {
@@ -195,13 +219,15 @@ def _spawn(request: dict[str, Any]) -> subprocess.Popen[str]:
         start_new_session=True,
         env=_environment(),
     )
-    assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it died at once; waiting for its event tells why
+    _tell(process, json.dumps(request))
     return process
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died; waiting for its event tells why
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
 
 
 def _await(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
@@ -219,14 +245,15 @@ def _await(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
                 raise kind(event["message"]) if issubclass(kind, SpotError) else AgentError(event["message"])
             elif event["event"] == wanted:
                 return event
-    raise AgentError(f"the agent process ended with code {process.wait()} before the run was opened")
+    raise AgentError(f"the agent process ended with code {process.wait()} before the run was {wanted}")
 
 
 def _release(process: subprocess.Popen[str]) -> None:
     pipes: tuple[IO[str] | None, ...] = (process.stdin, process.stdout)
     for pipe in pipes:
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # closed all the same; what a dead agent was told is lost
+                pipe.close()
 
 
 def _environment() -> dict[str, str]:

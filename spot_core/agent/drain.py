@@ -165,13 +165,21 @@ class Drain:
     def _is_on_remote(self, manifest: Manifest) -> bool:
         """Whether an earlier attempt got through although its reply was lost: committed files are not written again."""
         try:
-            found = self._remote.read(layout.manifest(manifest.name))
+            if self._remote.read(layout.manifest(manifest.name)) == manifest.to_json():
+                return True
+            resume.read_manifest(self._remote, manifest.name)
+            why = ""
         except FileNotFoundError:
             return False
-        if found != manifest.to_json():
-            self._refused.add(manifest.name)
-            raise CommitConflictError(f"{manifest.name} exists in {self._remote.url} with other content")
-        return True
+        except NewerFormatError as error:
+            why = f": {error}"
+        except CorruptCheckpointError as error:
+            why = (
+                f": {error}. The local copy is whole and stays. When no life of the run is active mend it with: spot "
+                f"repair {self._remote.url} --from {self._local.url}"
+            )
+        self._refused.add(manifest.name)
+        raise CommitConflictError(f"{manifest.name} exists in {self._remote.url} with other content{why}")
 
     def _drain_completions(self) -> None:
         tiers = [tier for tier in (self._overflow.tier, self._local if self._is_local_known else None) if tier]

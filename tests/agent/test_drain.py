@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierError
+from spot_core.report import places, repair
+from spot_core.store import identity as identities
 from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
@@ -266,10 +271,37 @@ def test_a_name_that_another_writer_committed_is_left_as_it_is(local: PosixTier,
     commit_checkpoint(remote, ONE, files={"checkpoint-10/model.bin": b"another's"})
     before = tree(remote.root)
     commit_checkpoint(local, ONE)
-    with pytest.raises(CommitConflictError):
+    with pytest.raises(CommitConflictError, match=r"exists in .* with other content$"):
         drain.step(lambda *_: None)
     assert drain_all(drain) == []
     assert tree(remote.root) == before
+
+
+def _damage(tier: PosixTier) -> None:
+    tier.replace(layout.manifest(ONE), tier.read(layout.manifest(ONE))[:300])
+
+
+def _link(tier: PosixTier) -> None:
+    manifest = tier.path(layout.manifest(ONE))
+    manifest.symlink_to(manifest.rename(tier.root / "elsewhere.json"))
+
+
+@pytest.mark.parametrize("damage", [_damage, _link])
+def test_a_damaged_manifest_on_the_remote_points_to_what_mends_it(
+    local: PosixTier, remote: PosixTier, damage: Callable[[PosixTier], None]
+) -> None:
+    identities.create_run(local, remote, RunIdentity("testing", {}), 1.0)
+    commit_checkpoint(local, ONE)
+    drain_all(make_drain(local, remote))
+    damage(remote)
+    wanted = re.escape(f"spot repair {remote.url} --from {local.url}")
+    with pytest.raises(CommitConflictError, match=f"other content: .*The local copy is whole and stays.*{wanted}$"):
+        drain_all(make_drain(local, remote))
+    remote_run, local_run = (places.open_run(tier.url, {}) for tier in (remote, local))
+    mended = repair.repair(remote_run, local_run, now=1.0, on_progress=lambda *_: None)
+    assert [each.error for each in mended.damaged] == [None]
+    assert drain_all(make_drain(local, remote)) == []
+    assert_run_invariants(local, remote, durable=ONE)
 
 
 def _fill_with_other_runs(tier: Tier, names: tuple[str, ...]) -> None:

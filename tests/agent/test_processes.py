@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from spot_core.agent import lives
 from spot_core.agent.lives import Life
-from spot_core.store import layout, resume
+from spot_core.store import incarnation, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.testing.invariants import assert_run_invariants
 from tests.agent.place import Place
-from tests.agent.processes import eventually, is_running, wait_for_end
+from tests.agent.processes import Refused, eventually, is_running, wait_for_end
 from tests.servers import S3Server, s3_options
 from tests.trees import tree
 
@@ -251,6 +252,60 @@ def test_a_finished_run_can_be_trained_further(place: Place) -> None:
     trainer.do("outcome", lives.COMPLETED)
     wait_for_end(trainer)
     assert resume.names(place.remote) == [CheckpointName(2, 20), CheckpointName(1, 10)]
+
+
+def test_an_agent_that_was_killed_before_it_was_to_claim_is_started_again(place: Place) -> None:
+    _finish(place)
+    trainer = place.trainer()
+    trainer.open(**place.options())
+    os.kill(trainer.agent, signal.SIGKILL)
+    eventually(lambda: not is_running(trainer.agent), "the agent is dead")
+    assert trainer.do("claim") == 2
+    name = CheckpointName.parse(trainer.do("commit", 20))
+    eventually(lambda: resume.names(place.remote)[0] == name, "the new agent drains")
+
+
+def test_an_agent_that_is_killed_while_it_claims_is_started_again(place: Place) -> None:
+    _finish(place)
+    trainer = place.trainer()
+    trainer.open(**place.options())
+    os.kill(trainer.agent, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        claimed = pool.submit(trainer.do, "claim")
+        os.kill(trainer.agent, signal.SIGKILL)
+        assert claimed.result() == 2
+    assert incarnation.newest(place.remote) == 2
+
+
+def test_what_kills_every_agent_is_told_with_what_to_do(place: Place) -> None:
+    trainer = place.trainer()
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(trainer.open, **place.options())
+        while not opened.done():
+            for agent in psutil.Process(trainer.pid).children():
+                agent.kill()
+        with pytest.raises(Refused, match=r"code -9.*, as did those before it.*run the same command again") as caught:
+            opened.result()
+    assert caught.value.kind == "AgentError"
+
+
+def test_a_finished_run_that_went_on_elsewhere_is_not_claimed_with_the_old_state(place: Place) -> None:
+    _finish(place)
+    trainer = place.trainer()
+    trainer.open(**place.options())
+    other = place.trainer()
+    other.open(**place.options())
+    assert other.do("claim") == 2
+    other.do("commit", 20)
+    other.do("outcome", lives.COMPLETED)
+    eventually(lambda: place.status(2).is_finished, "the other life is over")
+    os.kill(trainer.agent, signal.SIGKILL)
+    eventually(lambda: not is_running(trainer.agent), "the agent is dead")
+    with pytest.raises(
+        Refused, match=r"000001-000000000010 and is 000002-000000000020 now.*nothing was deleted"
+    ) as caught:
+        trainer.do("claim")
+    assert caught.value.kind == "AgentError"
 
 
 # -- what the processes are made of ----------------------------------------------------------------------------
