@@ -90,10 +90,12 @@ def _train(
 ) -> TrainOutput:
     check_supported(trainer)
     is_explicit = isinstance(wanted, (str, os.PathLike))
-    session = _open(callback, trainer, is_resumed=wanted is not False and not is_explicit)
+    session, base_fingerprint = _open(callback, trainer, is_resumed=wanted is not False and not is_explicit)
     error: BaseException | None = None
     skips_data = trainer.args.ignore_data_skip
     try:
+        if session.resume is not None:
+            session.resume.check_base(base_fingerprint)
         restored = _materialise(session.resume, trainer) if session.resume else None
         if session.resume is not None:
             loggers.resume(session.resume.manifest.loggers)
@@ -116,13 +118,14 @@ def _train(
         session.close(error)
 
 
-def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> Session:
+def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> tuple[Session, str | None]:
+    """The session, and the fingerprint of the model's frozen base if it has one."""
     config = callback.config(trainer.args.output_dir)
     if not is_resumed:
         config = replace(config, resume=False)
     identity, base_fingerprint = run_identity(trainer)
     trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
-    return Session.open(
+    session = Session.open(
         config,
         identity,
         device=device_of(trainer),
@@ -130,6 +133,7 @@ def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> Sess
         versions=versions(),
         base_fingerprint=base_fingerprint,
     )
+    return session, base_fingerprint
 
 
 def _materialise(point: ResumePoint, trainer: Trainer) -> Restored:

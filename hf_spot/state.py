@@ -29,6 +29,7 @@ from spot_core.snapshot.files import (
     same_bits,
     torch_bytes,
 )
+from spot_core.snapshot.loading import load_plain
 from spot_core.snapshot.rng import RngState
 
 SPOT_STATE = "spot_state.pt"
@@ -124,7 +125,7 @@ class LiveState:
 
 def read_own_state(folder: Path) -> dict[str, Any]:
     """The content of `spot_state.pt`; its data position under `data` as a DataState."""
-    own: dict[str, Any] = torch.load(folder / SPOT_STATE, map_location="cpu", weights_only=True)
+    own = load_plain(folder / SPOT_STATE)
     own["data"] = DataState.from_portable(own["data"])
     return own
 

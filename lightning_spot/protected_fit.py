@@ -60,14 +60,17 @@ class ProtectedFit:
         self._base = FrozenBase.of(module, trainer.strategy.root_device) if config.trainable_only else None
         sizes = [(p.numel() * p.dtype.itemsize, p.requires_grad) for p in module.parameters()]
         stored_bytes = sum(size for size, is_trained in sizes if is_trained or self._base is None)
+        base_fingerprint = self._base.fingerprint if self._base else None
         self._session = Session.open(
             config,
             run_identity(trainer, self._base),
             device=trainer.strategy.root_device,
             state_bytes=expected_bytes(stored_bytes, sum(size for size, is_trained in sizes if is_trained)),
             versions=versions(trainer),
-            base_fingerprint=self._base.fingerprint if self._base else None,
+            base_fingerprint=base_fingerprint,
         )
+        if self._session.resume is not None:
+            self._session.resume.check_base(base_fingerprint)
         return self._session.resume
 
     def restored(self, own: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.snapshot import rng
 from spot_core.snapshot.files import NativeFile, TorchFile, everything, same_bits, tensors_of
-from spot_core.snapshot.loading import load_inert
+from spot_core.snapshot.loading import load_inert, load_plain
 from spot_core.snapshot.rng import RngState
 
 logger = logging.getLogger(__name__)
@@ -243,8 +243,7 @@ def read_native(path: Path) -> dict[str, Any]:
 
 def read_own_state(folder: Path) -> dict[str, Any]:
     """The content of `spot_state.pt`."""
-    own: dict[str, Any] = torch.load(folder / SPOT_STATE, map_location="cpu", weights_only=True)
-    return own
+    return load_plain(folder / SPOT_STATE)
 
 
 def _is_same(live: Any, stored: Any) -> bool:

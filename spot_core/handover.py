@@ -70,6 +70,21 @@ class ResumePoint:
             found[self.manifest.pins.step] = self.manifest.pins
         return found
 
+    def check_base(self, fingerprint: str | None) -> None:
+        """Raise ConfigError if this checkpoint was trained on another frozen base than the one of that fingerprint.
+
+        run.json is compared before anything is restored, but nothing vouches for it: the manifest may be signed. One
+        without a fingerprint has nothing to compare.
+        """
+        then = self.manifest.base_fingerprint
+        if then is not None and then != fingerprint:
+            raise ConfigError(
+                f"checkpoint {self.manifest.name} was trained on another frozen base: fingerprint {then} there, "
+                f"{fingerprint or 'no frozen base'} now. Training was not started and no checkpoint was written or "
+                "deleted. Build the model from the base of the run's earlier lives, or give this run its own name: "
+                "another last component of `remote` (SPOT_REMOTE)."
+            )
+
     def verdict(self, number: int, versions: Mapping[str, str], notes: tuple[str, ...]) -> str:
         """The line that a resume logs: where it continues, and whether bit-exactly or why not.
 

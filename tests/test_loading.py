@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from spot_core.snapshot.loading import load_inert
+from spot_core.errors import CorruptCheckpointError
+from spot_core.snapshot.loading import load_inert, load_plain
 
 
 @dataclasses.dataclass
@@ -62,7 +65,7 @@ def test_nothing_that_the_file_names_is_run(tmp_path: Path) -> None:
 def test_other_types_are_left_out_where_they_are_not_needed_and_refused_elsewhere(tmp_path: Path) -> None:
     torch.save({"hyper": {"settings": Settings(Path("a"))}, "w": torch.ones(1)}, tmp_path / "a.pt")
     assert "w" in load_inert(tmp_path / "a.pt", inert_keys={"hyper"})
-    with pytest.raises(pickle.UnpicklingError, match=r"hyper\.settings is of type .*Settings"):
+    with pytest.raises(CorruptCheckpointError, match=r"a\.pt: hyper\.settings is of type .*Settings"):
         load_inert(tmp_path / "a.pt", inert_keys=())
 
 
@@ -70,3 +73,41 @@ def test_types_that_the_user_trusts_are_loaded(tmp_path: Path) -> None:
     torch.save({"callbacks": Settings("a")}, tmp_path / "a.pt")
     with torch.serialization.safe_globals([Settings]):
         assert load_inert(tmp_path / "a.pt", inert_keys=())["callbacks"] == Settings("a")
+
+
+def _archive(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _script(_: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
+# What somebody wrote who could write the manifest, too: each ends torch in another way.
+LIES: dict[str, Callable[[Path], bytes]] = {
+    "an archive that names a command": lambda marker: _archive({"x": Evil(marker)}),
+    "a pickle that names a command": lambda marker: pickle.dumps(Evil(marker)),
+    "nothing": lambda _: b"",
+    "text": lambda _: b"no archive at all",
+    "half an archive": lambda _: _archive({"x": torch.ones(1000)})[:700],
+    "no dictionary": lambda _: _archive([torch.ones(1)]),
+    "a program": _script,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("load", [load_plain, lambda path: load_inert(path, inert_keys=())], ids=["plain", "inert"])
+def test_a_file_that_lies_is_refused_by_name_with_what_to_do(
+    load: Callable[[Path], Any], lie: str, tmp_path: Path
+) -> None:
+    marker, path = tmp_path / "was here", tmp_path / "a.pt"
+    path.write_bytes(LIES[lie](marker))
+    with pytest.raises(CorruptCheckpointError, match=r"(?is)a\.pt.* nothing was loaded") as caught:
+        load(path)
+    assert not marker.exists()
+    assert "delete that manifest" in str(caught.value) or "add_safe_globals" in str(caught.value)

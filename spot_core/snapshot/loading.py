@@ -59,39 +59,57 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (Inert,), {"__module__": module})
 
 
+def load_plain(path: Path) -> dict[str, Any]:
+    """The file's content, a dictionary of tensors and plain values, on the CPU.
+
+    Raises CorruptCheckpointError, saying what to do, for anything else.
+    """
+    try:
+        return _dictionary(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        # Torch and pickle raise anything at what they do not expect.
+        raise _unreadable(path, error) from error
+
+
 def load_inert(path: Path, *, inert_keys: Collection[str]) -> dict[str, Any]:
     """The file's content, a dictionary, on the CPU. inert_keys: where objects of other types are left out.
 
-    Raises pickle.UnpicklingError, naming it and its place, for such an object anywhere else, and for TorchScript;
-    CorruptCheckpointError for what is no zip archive of torch.save with a dictionary in it.
+    Raises CorruptCheckpointError, saying what to do, for such an object anywhere else (naming it and its place), for
+    TorchScript, and for what is no zip archive of torch.save with a dictionary in it.
     """
     harmless = SimpleNamespace(__name__=__name__, Unpickler=_Unpickler, UnpicklingError=pickle.UnpicklingError)
     try:
-        is_script = "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
-        tree: dict[str, Any] = (
-            torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=harmless)
-            if not is_script
-            else {}
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise TypeError("it is a TorchScript archive, which holds code")
+        tree = _dictionary(
+            torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=harmless),
         )
-        if not isinstance(tree, dict):
-            raise TypeError(f"it holds a {type(tree).__name__}, no dictionary")
     except Exception as error:
-        # Torch and pickle raise anything at what they do not expect.
-        raise CorruptCheckpointError(
-            f"{path.name} was not written by torch.save, or changed since: {error!r:.300}. Nothing was loaded"
-        ) from error
-    if is_script:
-        raise pickle.UnpicklingError(f"{path.name} is a TorchScript archive, which holds code; nothing was loaded")
+        raise _unreadable(path, error) from error
     for key, value in tree.items():
         if key in inert_keys:
             continue
         for place, kind in _inert(value, (key,)):
-            raise pickle.UnpicklingError(
-                f"{path.name}: {'.'.join(map(str, place))} is of type {kind.__module__}.{kind.__name__}, and loading "
+            raise CorruptCheckpointError(
+                f"{path}: {'.'.join(map(str, place))} is of type {kind.__module__}.{kind.__name__}, and loading "
                 "it could run code. If you trust it call torch.serialization.add_safe_globals([that type]) before "
                 "training; nothing was loaded."
             )
     return tree
+
+
+def _dictionary(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise TypeError(f"it holds a {type(tree).__name__}, no dictionary")
+    return tree
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} was not written by torch.save, changed since, or names what could run code: {error!r:.300}. Nothing "
+        "was loaded or deleted. If spot verify finds no damage, whoever wrote it wrote its manifest, too: delete that "
+        "manifest on both tiers to resume from the checkpoint before it, and sign manifests from then on (SECURITY.md)."
+    )
 
 
 def _inert(tree: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], type]]:

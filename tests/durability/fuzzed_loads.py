@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spot_core.snapshot.loading import load_inert
+from spot_core.snapshot.loading import load_inert, load_plain
 from tests.durability.mutations import damage_bytes, damage_json
 
 _MOST_BYTES = 16 << 30  # of address space: what a lie about sizes may not reserve
@@ -43,9 +43,9 @@ def load_all_tensors(path: Path) -> None:
             stored.get_tensor(key).sum()
 
 
-def load_plain(path: Path) -> None:
+def load_own(path: Path) -> None:
     """As the adapters read their own state."""
-    torch.load(path, map_location="cpu", weights_only=True)
+    load_plain(path)
 
 
 def load_foreign(path: Path) -> None:
@@ -53,7 +53,7 @@ def load_foreign(path: Path) -> None:
     load_inert(path, inert_keys={"hyper"})
 
 
-LOADS: tuple[Callable[[Path], None], ...] = (load_all_tensors, load_plain, load_foreign)
+LOADS: tuple[Callable[[Path], None], ...] = (load_all_tensors, load_own, load_foreign)
 
 
 def originals(folder: Path, marker: Path) -> dict[str, list[bytes]]:
@@ -70,7 +70,7 @@ def originals(folder: Path, marker: Path) -> dict[str, list[bytes]]:
     legacy = [path.read_bytes(), pickle.dumps(tree), pickle.dumps(Evil(marker))]
     return {
         load_all_tensors.__name__: [safetensors],
-        load_plain.__name__: [*files, *legacy],
+        load_own.__name__: [*files, *legacy],
         load_foreign.__name__: [*files, *legacy],
     }
 

@@ -17,6 +17,7 @@ import torch
 from tests.lightning.job import JobSpec
 from tests.lives.hostile import Command, forge, marker, newest_of, stored_file
 from tests.lives.lives import live, wait_for
+from tests.trees import tree
 
 __all__ = ["marker"]
 
@@ -56,12 +57,14 @@ def script(spec: JobSpec, marker: Path) -> dict[str, bytes]:
     return {"native": buffer.getvalue()}
 
 
+OURS = "spot_state.pt was not written by torch.save"
 # What is put into the checkpoint, and what the refusal says.
 REFUSED: dict[str, tuple[Callable[[JobSpec, Path], dict[str, bytes]], str]] = {
     "states of callbacks": (lambda spec, marker: checkpoint_with(spec, callbacks={"x": Command(marker)}), "callbacks"),
-    "a plain pickle": (lambda spec, marker: {"native": pickle.dumps(Command(marker))}, "Error"),
+    "a plain pickle": (lambda spec, marker: {"native": pickle.dumps(Command(marker))}, "was not written by torch.save"),
     "a program": (script, "is a TorchScript archive"),
-    "own state": (lambda spec, marker: {"spot_state.pt": saved({"step": Command(marker)})}, "weights_only"),
+    "own state": (lambda spec, marker: {"spot_state.pt": saved({"step": Command(marker)})}, OURS),
+    "own state, torn": (lambda spec, marker: {"spot_state.pt": saved({"step": 1})[:200]}, OURS),
 }
 
 
@@ -84,3 +87,13 @@ def test_what_a_resume_does_not_need_is_left_out(spec: JobSpec, marker: Path) ->
     assert not marker.exists()
     assert result.exit_code == 0, result.log[-3000:]
     assert f"checkpoint {newest}, as incarnation 2" in result.log
+
+
+def test_a_checkpoint_of_another_base_is_refused_at_start(spec: JobSpec) -> None:
+    """Although run.json names the base of this model."""
+    forge(spec, {}, base_fingerprint="0123456789abcdef")
+    before = tree(Path(spec.folder, "remote/job/manifests"))
+    result = live(spec)
+    assert result.exit_code == 1
+    assert "was trained on another frozen base: fingerprint 0123456789abcdef there" in result.log, result.log[-3000:]
+    assert tree(Path(spec.folder, "remote/job/manifests")) == before

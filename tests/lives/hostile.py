@@ -54,8 +54,11 @@ def stored_file(spec: LifeSpec, path: str) -> Path:
     return local.path(f"{layout.checkpoint(manifest.name)}/{_path(manifest.native, path)}")
 
 
-def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True) -> None:
-    """Put these files into the newest checkpoint of both tiers. with_manifest: and make it vouch for them."""
+def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True, **fields: Any) -> None:
+    """Put these files into the newest checkpoint of both tiers. with_manifest: and make it vouch for them.
+
+    fields: what else the manifest is to say.
+    """
     name = newest_of(spec)
     for tier in tiers_of(spec):
         manifest = resume.read_manifest(tier, name)
@@ -67,7 +70,7 @@ def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True
             target.write_bytes(content)
             records[path] = replace(digest_file(target), path=path)
         if with_manifest:
-            forged = replace(manifest, files=tuple(records.values()))
+            forged = replace(manifest, files=tuple(records.values()), **fields)
             tier.replace(layout.manifest(name), forged.to_json())
             resume.verify(tier, resume.read_manifest(tier, name))
 
