@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from spot_core.store.overflow import PLACE, Overflow
 from spot_core.store.posix import PosixTier
+from tests.agent.place import Place
+from tests.disk import mounted
 from tests.faultproxy import FaultProxy
 from tests.servers import ENDPOINT, GivenS3Server, OverwritingS3Server, S3Server, TlsS3Server
 from tests.sftpserver import SftpServer
@@ -89,3 +92,26 @@ def local(tmp_path: Path) -> PosixTier:
 @pytest.fixture
 def remote(tmp_path: Path) -> PosixTier:
     return PosixTier(tmp_path / "remote")
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system in memory of 8 MB for the overflow."""
+    with mounted(tmp_path / "memory", "size=8m") as folder:
+        monkeypatch.setenv(PLACE, str(folder))
+        yield folder
+
+
+@pytest.fixture
+def over(memory: Path, remote: PosixTier) -> Overflow:
+    """The overflow of a run on `remote`."""
+    return Overflow.of(remote, "an id")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """The folders of a run, with the processes that work on it."""
+    place = Place(tmp_path)
+    yield place
+    for trainer in place.trainers:
+        trainer.close()

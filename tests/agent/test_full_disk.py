@@ -39,14 +39,6 @@ NEXT = CheckpointName(2, 50)
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system in memory for the overflow."""
-    with mounted(tmp_path / "memory", "size=8m") as folder:
-        monkeypatch.setenv(PLACE, str(folder))
-        yield folder
-
-
-@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk for the local folder."""
     with mounted(tmp_path / "small", "size=1m") as folder:
@@ -59,11 +51,6 @@ def commit_large(tier: PosixTier, name: CheckpointName, *, pins: CheckpointName 
 
 
 # -- the drain -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def over(memory: Path, remote: PosixTier) -> Overflow:
-    return Overflow.of(remote, "an id")
 
 
 def test_both_places_are_drained_newest_first(local: PosixTier, remote: PosixTier, over: Overflow) -> None:

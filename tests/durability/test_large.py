@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,14 +28,6 @@ MOST_BYTES = 500e6
 NAME = CheckpointName(1, 10)
 _BLOCK_BYTES = 16 << 20
 _PATIENCE_S = 1500.0
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    for trainer in place.trainers:
-        trainer.close()
 
 
 @pytest.fixture

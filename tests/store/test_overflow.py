@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,27 +16,13 @@ from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import PLACE, Overflow, room_bytes
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
-from tests.disk import mounted
 
 ONE, TWO, THREE = (CheckpointName(1, step) for step in (10, 20, 30))
 LATER = CheckpointName(2, 40)
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system in memory of 4 MB."""
-    with mounted(tmp_path / "memory", "size=4m") as place:
-        monkeypatch.setenv(PLACE, str(place))
-        yield place
-
-
-@pytest.fixture
-def over(place: Path, remote: PosixTier) -> Overflow:
-    return Overflow.of(remote, "an id")
-
-
-def test_it_is_private_and_made_when_needed(over: Overflow, place: Path) -> None:
-    assert over.tier is None and over.names() == [] and os.listdir(place) == []
+def test_it_is_private_and_made_when_needed(over: Overflow, memory: Path) -> None:
+    assert over.tier is None and over.names() == [] and os.listdir(memory) == []
     tier = over.make_room(1_000_000)
     assert tier.root == over.folder
     assert tier.root.stat().st_mode & 0o777 == 0o700
@@ -72,8 +57,8 @@ def test_a_folder_that_is_not_this_users_alone_is_not_used(kind: str, over: Over
 
 
 def test_what_is_too_large_for_the_file_system_is_refused(over: Overflow) -> None:
-    with pytest.raises(TierError, match=r"2\.3 MB needed, 2\.1 MB of memory to spare") as caught:
-        over.make_room(2_200_000)  # of 4 MB, half of which data loaders may need
+    with pytest.raises(TierError, match=r"4\.3 MB needed, 4\.2 MB of memory to spare") as caught:
+        over.make_room(4_200_000)  # of 8 MB, half of which data loaders may need
     assert caught.value.errno == errno.ENOSPC
     assert over.tier is None
 
@@ -126,7 +111,7 @@ def test_clearing_keeps_what_is_wanted_and_what_is_being_written(over: Overflow)
     assert resume.completions(tier) == {ONE: 10}, "it may not have been drained"
 
 
-def test_the_end_of_a_life_gives_everything_back(over: Overflow, place: Path) -> None:
+def test_the_end_of_a_life_gives_everything_back(over: Overflow, memory: Path) -> None:
     tier = over.make()
     for name in (ONE, TWO):
         commit_checkpoint(tier, name)
@@ -135,7 +120,7 @@ def test_the_end_of_a_life_gives_everything_back(over: Overflow, place: Path) ->
     tier.path(layout.JOURNAL).mkdir()
     tier.path(f"{layout.JOURNAL}/000001.agent.json").write_text("{}")
     assert over.remove(1)
-    assert os.listdir(place) == []
+    assert os.listdir(memory) == []
 
 
 def test_the_end_of_a_life_leaves_a_later_lifes_part(over: Overflow) -> None:
@@ -154,7 +139,7 @@ def test_what_is_durable_nowhere_may_stay(over: Overflow) -> None:
     assert over.names() == [TWO]
 
 
-def test_nothing_is_deleted_while_another_agent_holds_it(over: Overflow, remote: PosixTier, place: Path) -> None:
+def test_nothing_is_deleted_while_another_agent_holds_it(over: Overflow, remote: PosixTier, memory: Path) -> None:
     """The next life may be about to load what this one drains; a dead one holds nothing."""
     commit_checkpoint(over.make(), ONE)
     script = "import sys; from pathlib import Path; from spot_core.store.overflow import Overflow\n"
@@ -169,7 +154,7 @@ def test_nothing_is_deleted_while_another_agent_holds_it(over: Overflow, remote:
     other.kill()
     other.communicate()
     assert over.remove(1)
-    assert os.listdir(place) == []
+    assert os.listdir(memory) == []
 
 
 def test_a_lock_on_a_folder_that_was_deleted_holds_nothing(over: Overflow, remote: PosixTier) -> None:
