@@ -35,8 +35,9 @@ class Superseded:
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What may go, oldest first, and what stays, newest first. incarnation: the newest life when this was found.
+    """What may go and what stays, newest first: what refers to another one goes before that one.
 
+    incarnation: the newest life when this was found.
     unreadable: what stays besides, since its manifest is damaged or not signed with this run's key.
     """
 
@@ -135,7 +136,7 @@ def _superseded(
         if pin is not None:
             pinned.add(pin)
     pinned |= milestones | set(newer)  # what a newer release committed is for that one to delete
-    return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned)
+    return retention.superseded(newest_first, keep=keep, durable=newest_first[:1], pinned=pinned)[::-1]
 
 
 def _verify_newest(tier: Tier, newest: Manifest, on_progress: OnProgress) -> None:

@@ -56,8 +56,11 @@ def milestones(names: Iterable[CheckpointName], *, every: int | None) -> set[Che
 
 
 def delete_checkpoints(tier: Tier, doomed: Iterable[CheckpointName]) -> None:
-    """Delete manifest first, then files: a crash in between leaves an orphan, never a checkpoint that lies."""
-    for name in doomed:
+    """Delete manifest first, then files: a crash in between leaves an orphan, never a checkpoint that lies.
+
+    Newest first: what refers to another one goes before that one.
+    """
+    for name in sorted(doomed, reverse=True):
         tier.delete([layout.manifest(name)])
         tier.delete([layout.checkpoint(name), layout.completion(name)])
         logger.debug("deleted superseded checkpoint %s from %s", name, tier.url)

@@ -12,7 +12,7 @@ from spot_core.store import layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
-from spot_core.testing.faults import FaultPlan, FaultyTier
+from spot_core.testing.faults import FaultPlan, FaultyTier, SimulatedCrash
 
 ONE, TWO, THREE, FOUR = (CheckpointName(1, step) for step in (1, 2, 3, 4))
 ALL = [ONE, TWO, THREE, FOUR]
@@ -97,13 +97,23 @@ def test_a_milestone_stays_one_whatever_is_deleted_or_comes_in_later_lives(
     assert found <= retention.milestones(names | added, every=every)
 
 
+def test_what_refers_to_another_goes_before_that_one(tier: PosixTier) -> None:
+    """Found by the histories: a prune that was interrupted left a checkpoint without its best model."""
+    commit_checkpoint(tier, ONE)
+    commit_checkpoint(tier, TWO, pins=ONE)
+    plan = FaultPlan.crash_at(2, "after")
+    with pytest.raises(SimulatedCrash):
+        retention.delete_checkpoints(FaultyTier(tier, plan), [ONE, TWO])
+    assert resume.names(tier) == [ONE]
+
+
 def test_the_manifest_goes_before_the_files(tier: PosixTier) -> None:
     for name in ALL:
         commit_checkpoint(tier, name)
     resume.mark_complete(tier, ONE, 1)
     plan = FaultPlan()
     retention.delete_checkpoints(FaultyTier(tier, plan), [ONE, TWO])
-    assert plan.operations[:2] == [f"remote.delete {layout.manifest(ONE)}", f"remote.delete {layout.checkpoint(ONE)}"]
+    assert plan.operations[:2] == [f"remote.delete {layout.manifest(TWO)}", f"remote.delete {layout.checkpoint(TWO)}"]
     assert resume.names(tier) == [FOUR, THREE]
     assert tier.list(layout.CHECKPOINTS) == [str(THREE), str(FOUR)]
     assert resume.completions(tier) == {}
