@@ -309,10 +309,17 @@ def _copy_durably(source: Path, target: Path, on_bytes: OnBytes) -> None:
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """A name next to `target` that was never used: a dead process's file may be a link to a committed one."""
+    """A name next to `target` that was never used: a dead process's file may be a link to a committed one.
+
+    Raises TierError if a newer life of the run swept it before it got its name: trying again then finds that life.
+    """
     path = target.with_name(f".tmp-{uuid.uuid4().hex}-{target.name}")
     try:
         yield path
+    except FileNotFoundError as error:
+        if str(error.filename) != str(path):
+            raise
+        raise TierError(errno.ENOENT, f"{target} was not written: a newer life swept {path.name}") from error
     finally:
         path.unlink(missing_ok=True)
 

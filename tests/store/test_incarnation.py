@@ -17,7 +17,7 @@ from spot_core.errors import FencedError, TierError
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import incarnation, layout, posix, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -217,6 +217,25 @@ def test_a_drain_whose_upload_is_swept_by_a_newer_life_is_fenced_at_the_next_att
     with pytest.raises(FencedError):
         drain.step(lambda *_: None)
     assert resume.names(remote) == []
+
+
+def test_a_claim_whose_file_is_swept_by_a_newer_life_succeeds_at_the_next_attempt(
+    local: PosixTier, remote: PosixTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six instances start at once: the one that loses number 1 may find its file swept by the one that has 2."""
+    unpatched = posix.write_durably
+
+    def overtaken(path: Path, data: bytes) -> None:
+        unpatched(path, data)
+        monkeypatch.setattr(posix, "write_durably", unpatched)
+        other = PosixTier(tmp_path / "another-instance")
+        newer = [incarnation.claim(other, remote, float(life)) for life in (2, 3)]
+        retention.sweep_orphans(remote, [], before_incarnation=newer[-1])
+
+    monkeypatch.setattr(posix, "write_durably", overtaken)
+    with pytest.raises(TierError, match="a newer life swept"):
+        incarnation.claim(local, remote, 1.0)
+    assert incarnation.claim(local, remote, 1.0) == 3
 
 
 def _write(local: PosixTier, name: CheckpointName, path: str = "state.bin") -> Written:
