@@ -29,7 +29,7 @@ class MeasuredSpotCallback(SpotCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
         assert self._session is not None
-        self.hooks.training_begins(self._session._cadence, [self._data])
+        self.hooks.training_begins(self._session._pacer.cadence, [self._data])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.hooks.timed(super().on_step_begin)(*args, **kwargs)

@@ -44,7 +44,7 @@ class MeasuredSpotCallback(SpotCallback):
         fit = self.protected
         assert fit is not None and fit._session is not None and fit._loaders is not None
         positions = [each for each in fit._loaders._positions if isinstance(each, DataPosition)]
-        self.hooks.training_begins(fit._session._cadence, positions)
+        self.hooks.training_begins(fit._session._pacer.cadence, positions)
         for name in _SEAMS:
             setattr(fit, name, self.hooks.timed(getattr(fit, name)))
 

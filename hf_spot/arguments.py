@@ -21,6 +21,21 @@ class SpotArguments:
     spot_interval_s: float | None = field(
         default=None, metadata={"help": "Seconds of training between checkpoints; adapted to the preemptions if unset"}
     )
+    spot_interval_steps: int | None = field(default=None, metadata={"help": "The same in optimizer steps"})
+    spot_min_interval_s: float = field(default=1.0, metadata={"help": "Least seconds of the adapted interval"})
+    spot_max_interval_s: float = field(default=14400.0, metadata={"help": "Most seconds of the adapted interval"})
+    spot_max_overhead: float = field(
+        default=0.1, metadata={"help": "The most of the training time that checkpoints may cost, 0 to 1"}
+    )
+    spot_prior_per_hour: float | None = field(
+        default=None, metadata={"help": "Losses of the instance an hour to expect before any were seen"}
+    )
+    spot_fleet: str | None = field(
+        default=None, metadata={"help": "URL of a folder where many runs pool what their lives taught"}
+    )
+    spot_max_runtime_s: float | None = field(
+        default=None, metadata={"help": "When this process will be ended from outside, in seconds from its start"}
+    )
     spot_keep_local: int = field(default=2, metadata={"help": "Checkpoints kept on this instance"})
     spot_keep_remote: int = field(default=2, metadata={"help": "Checkpoints kept on the remote"})
     spot_keep_every: int | None = field(
@@ -41,6 +56,13 @@ class SpotArguments:
                 self.spot_remote or None,
                 local=self.spot_local,
                 interval_s=self.spot_interval_s,
+                interval_steps=self.spot_interval_steps,
+                min_interval_s=self.spot_min_interval_s,
+                max_interval_s=self.spot_max_interval_s,
+                max_overhead=self.spot_max_overhead,
+                prior_per_hour=self.spot_prior_per_hour,
+                fleet=self.spot_fleet,
+                max_runtime_s=self.spot_max_runtime_s,
                 keep_local=self.spot_keep_local,
                 keep_remote=self.spot_keep_remote,
                 keep_every=self.spot_keep_every,

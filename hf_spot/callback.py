@@ -34,7 +34,10 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     remote: URL of the run's folder on storage that outlives the instance, `s3://bucket/my-run` (any fsspec URL, or
         a path); the last component names the run. May come from SPOT_REMOTE.
     local: folder on this instance's fastest disk. Default: SPOT_LOCAL, a known NVMe mount, `.spot` in output_dir.
-    interval_s: seconds of training between checkpoints; adapted to cost and observed preemptions if None.
+    interval_s, or interval_steps: training between checkpoints; adapted to cost and observed preemptions if None.
+    min_interval_s, max_interval_s, max_overhead: bounds of what is adapted; the last is a share of the training time.
+    prior_per_hour: losses of the instance an hour to expect before any were seen. fleet: folder where many runs pool
+        what their lives taught. max_runtime_s: when this process will be ended from outside, if that is known.
     keep_local, keep_remote: newest checkpoints kept on each tier. keep_every: on the remote, the first one at or
         after each multiple of so many steps stays for good. grace_s: seconds from SIGTERM to the kill.
     preempt_exit_code: how a preempted run exits. storage_options: for the remote's fsspec file system.
@@ -50,6 +53,13 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         *,
         local: str | None = None,
         interval_s: float | None = None,
+        interval_steps: int | None = None,
+        min_interval_s: float = 1.0,
+        max_interval_s: float = 14400.0,
+        max_overhead: float = 0.1,
+        prior_per_hour: float | None = None,
+        fleet: str | None = None,
+        max_runtime_s: float | None = None,
         keep_local: int = 2,
         keep_remote: int = 2,
         keep_every: int | None = None,
@@ -64,6 +74,13 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             "remote": remote,
             "local": local,
             "interval_s": interval_s,
+            "interval_steps": interval_steps,
+            "min_interval_s": min_interval_s,
+            "max_interval_s": max_interval_s,
+            "max_overhead": max_overhead,
+            "prior_per_hour": prior_per_hour,
+            "fleet": fleet,
+            "max_runtime_s": max_runtime_s,
             "keep_local": keep_local,
             "keep_remote": keep_remote,
             "keep_every": keep_every,

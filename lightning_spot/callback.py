@@ -31,6 +31,13 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         local: Folder on this instance's fastest disk. Default: SPOT_LOCAL, a known NVMe mount, .spot in
             default_root_dir.
         interval_s: Seconds of training between checkpoints; adapted to cost and observed preemptions if not set.
+        interval_steps: The same in optimizer steps.
+        min_interval_s: Least seconds of the adapted interval.
+        max_interval_s: Most seconds of the adapted interval.
+        max_overhead: The most of the training time that checkpoints may cost, 0 to 1.
+        prior_per_hour: Losses of the instance an hour to expect before any were seen.
+        fleet: URL of a folder where many runs pool what their lives taught.
+        max_runtime_s: When this process will be ended from outside, in seconds from its start.
         keep_local: Checkpoints kept on this instance.
         keep_remote: Checkpoints kept on the remote.
         keep_every: Steps; the first checkpoint at or after each multiple stays on the remote for good.
@@ -50,6 +57,13 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         *,
         local: str | None = None,
         interval_s: float | None = None,
+        interval_steps: int | None = None,
+        min_interval_s: float = 1.0,
+        max_interval_s: float = 14400.0,
+        max_overhead: float = 0.1,
+        prior_per_hour: float | None = None,
+        fleet: str | None = None,
+        max_runtime_s: float | None = None,
         keep_local: int = 2,
         keep_remote: int = 2,
         keep_every: int | None = None,
@@ -66,6 +80,13 @@ class SpotCallback(_Callback):  # type: ignore[misc]
             "remote": remote,
             "local": local,
             "interval_s": interval_s,
+            "interval_steps": interval_steps,
+            "min_interval_s": min_interval_s,
+            "max_interval_s": max_interval_s,
+            "max_overhead": max_overhead,
+            "prior_per_hour": prior_per_hour,
+            "fleet": fleet,
+            "max_runtime_s": max_runtime_s,
             "keep_local": keep_local,
             "keep_remote": keep_remote,
             "keep_every": keep_every,

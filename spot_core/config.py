@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -19,16 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spot_core.errors import ConfigError
+from spot_core.errors import ConfigError, check, shown
+from spot_core.keys import check_keys, read_keys, signing_keys_from
 
 ENV_PREFIX = "SPOT_"
 STORAGE_OPTIONS = "SPOT_STORAGE_OPTIONS"
-SIGNING_KEY = "SPOT_SIGNING_KEY"
 # Set by no variable of their own name: they hold secrets.
 _SECRETS = frozenset({"storage_options", "signing_keys"})
 
-_SHORTEST_KEY_BYTES = 16
-_LONGEST_KEY_FILE_BYTES = 64 << 10
+# Of which one at most can be given.
+_WAYS_TO_PIN = {"interval_s", "interval_steps"}
+# One a second: more is not a rate of losses.
+_MOST_PER_HOUR = 3600
 
 # Instance-store mounts of the images people rent, in the order tried.
 NVME_MOUNTS = (
@@ -50,6 +50,13 @@ class SpotConfig:
         last component names the run.
     local: folder on the fastest disk of this instance, shared by runs. None: chosen by `resolve`.
     interval_s: fixed seconds of useful training time between checkpoints. None: adapted.
+    interval_steps: the same in optimizer steps.
+    min_interval_s, max_interval_s: bounds of the adapted interval.
+    max_overhead: the most of training time that checkpoints may cost, 0 to 1, bound of the adapted interval too.
+    prior_per_hour: losses of an instance an hour to expect before any were seen. None: what is usual where this runs.
+    fleet: URL of a folder that many runs share, where each leaves what its lives taught. None: this run's own only.
+    max_runtime_s: when this process will be ended from outside, in seconds from its start: a checkpoint is durable
+        right before. None: unknown.
     keep_local, keep_remote: newest checkpoints kept on each tier.
     keep_every: on the remote, the first checkpoint at or after each multiple of so many steps stays for good,
         besides the newest. None: only the newest stay.
@@ -69,6 +76,13 @@ class SpotConfig:
     remote: str
     local: str | None = None
     interval_s: float | None = None
+    interval_steps: int | None = None
+    min_interval_s: float = 1.0
+    max_interval_s: float = 4 * 3600.0
+    max_overhead: float = 0.1
+    prior_per_hour: float | None = None
+    fleet: str | None = None
+    max_runtime_s: float | None = None
     keep_local: int = 2
     keep_remote: int = 2
     keep_every: int | None = None
@@ -83,8 +97,8 @@ class SpotConfig:
     signing_keys: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.remote, str) and bool(self.remote.strip()), "remote", self.remote, "a URL or a path")
-        _check(
+        check(isinstance(self.remote, str) and bool(self.remote.strip()), "remote", self.remote, "a URL or a path")
+        check(
             self.run not in {"", ".."},
             "remote",
             self.remote,
@@ -92,46 +106,76 @@ class SpotConfig:
         )
         self._check_local()
         seconds = "a number of seconds above 0"
-        _check(
-            self.interval_s is None or _is_positive(self.interval_s),
-            "interval_s",
-            self.interval_s,
-            f"{seconds}, or None",
-        )
+        self._check_interval(seconds)
         for name in ("grace_s", "start_timeout_s", "drain_timeout_s"):
-            _check(_is_positive(getattr(self, name)), name, getattr(self, name), seconds)
+            check(_is_positive(getattr(self, name)), name, getattr(self, name), seconds)
         for name in ("keep_local", "keep_remote"):
-            _check(_is_whole(getattr(self, name), 1), name, getattr(self, name), "a whole number, 1 or more")
-        _check(
-            self.keep_every is None or _is_whole(self.keep_every, 1),
-            "keep_every",
-            self.keep_every,
-            "a whole number of steps, 1 or more, or None",
-        )
-        _check(
+            check(_is_whole(getattr(self, name), 1), name, getattr(self, name), "a whole number, 1 or more")
+        for name in ("keep_every", "interval_steps"):
+            value = getattr(self, name)
+            check(value is None or _is_whole(value, 1), name, value, "a whole number of steps, 1 or more, or None")
+        check(
             _is_whole(self.preempt_exit_code, 1) and self.preempt_exit_code <= 255 and self.preempt_exit_code != 137,
             "preempt_exit_code",
             self.preempt_exit_code,
             "1 to 255 and not 137: 0 would make a preempted run look finished, 137 like one killed for memory",
         )
         for name in ("resume", "trainable_only"):
-            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        _check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
-        _check_keys(self.signing_keys, "signing_keys", "…")
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
+        check_keys(self.signing_keys, "signing_keys", "…")
         if self.signing_key_file is not None and not self.signing_keys:
-            object.__setattr__(self, "signing_keys", _read_keys(self.signing_key_file))
+            object.__setattr__(self, "signing_keys", read_keys(self.signing_key_file))
 
     def __repr__(self) -> str:
         told = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr)
         return shown(f"SpotConfig({', '.join(f'{name}={value!r}' for name, value in told)})")
 
+    def _check_interval(self, seconds: str) -> None:
+        for name in ("interval_s", "max_runtime_s"):
+            value = getattr(self, name)
+            check(value is None or _is_positive(value), name, value, f"{seconds}, or None")
+        for name in ("min_interval_s", "max_interval_s"):
+            check(_is_positive(getattr(self, name)), name, getattr(self, name), seconds)
+        check(
+            self.max_interval_s >= self.min_interval_s,
+            "max_interval_s",
+            self.max_interval_s,
+            f"min_interval_s={self.min_interval_s!r} or more",
+        )
+        check(
+            self.interval_s is None or self.interval_steps is None,
+            "interval_steps",
+            self.interval_steps,
+            f"left out, since interval_s={self.interval_s!r} is given too",
+        )
+        check(
+            _is_positive(self.max_overhead) and self.max_overhead <= 1,
+            "max_overhead",
+            self.max_overhead,
+            "a share of the training time above 0, 1 at most",
+        )
+        check(
+            self.prior_per_hour is None
+            or (_is_positive(self.prior_per_hour) and self.prior_per_hour <= _MOST_PER_HOUR),
+            "prior_per_hour",
+            self.prior_per_hour,
+            f"losses an hour, above 0 and {_MOST_PER_HOUR} at most, or None",
+        )
+        check(
+            self.fleet is None or (isinstance(self.fleet, str) and bool(run_name(self.fleet))),
+            "fleet",
+            self.fleet,
+            "the URL of a folder, s3://bucket/fleet, or None",
+        )
+
     def _check_local(self) -> None:
         if self.local is None:
             return
-        _check(isinstance(self.local, (str, Path)) and bool(str(self.local)), "local", self.local, "a folder")
+        check(isinstance(self.local, (str, Path)) and bool(str(self.local)), "local", self.local, "a folder")
         scheme, separator, path = self.remote.rpartition("://")
         if not separator or scheme in {"file", "local"}:
-            _check(
+            check(
                 (Path(self.local) / self.run).resolve() != Path(path).resolve(),
                 "local",
                 self.local,
@@ -156,19 +200,22 @@ class SpotConfig:
         unknown = set(options) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(option_names())}")
-        merged = {name: value for name, value in options.items() if value is not None}
         hints = typing.get_type_hints(cls)
-        for name in option_names():
-            text = environ.get(ENV_PREFIX + name.upper(), "").strip()
-            if text:
-                merged[name] = _parse(name, text, hints[name])
+        texts = {name: environ.get(ENV_PREFIX + name.upper(), "").strip() for name in option_names()}
+        given = {name: _parse(name, text, hints[name]) for name, text in texts.items() if text}
+        merged = {name: value for name, value in options.items() if value is not None}
+        if _WAYS_TO_PIN & given.keys():
+            merged = {name: value for name, value in merged.items() if name not in _WAYS_TO_PIN}
+        merged |= given
         if "storage_options" not in merged:
             merged["storage_options"] = storage_options_from(environ)
         if "signing_keys" not in merged:
             merged["signing_keys"] = signing_keys_from(environ, merged.get("signing_key_file"))
         if "remote" not in merged:
             raise ConfigError('no remote: pass remote="s3://bucket/my-run" (any fsspec URL or path) or set SPOT_REMOTE')
-        merged["remote"] = absolute_url(str(merged["remote"]))
+        for name in ("remote", "fleet"):
+            if name in merged:
+                merged[name] = absolute_url(str(merged[name]))
         merged["local"] = str(Path(merged.get("local") or nvme_mount() or fallback_local).expanduser().absolute())
         return cls(**merged)
 
@@ -195,39 +242,6 @@ def storage_options_from(environ: Mapping[str, str]) -> dict[str, Any]:
     return options
 
 
-def signing_keys_from(environ: Mapping[str, str], file: str | None) -> tuple[str, ...]:
-    """The keys of a file or of `SPOT_SIGNING_KEY`, one a line; empty if neither is given.
-
-    Raises ConfigError, which never repeats a key: both are given, the variable is empty, a key is too short.
-    """
-    text = environ.get(SIGNING_KEY)
-    if text is None:
-        return _read_keys(file) if file is not None else ()
-    if file is not None:
-        raise ConfigError(
-            f"{SIGNING_KEY} and signing_key_file={file!r} are both given: which of them signs? Keep one. To change "
-            "the key write the new one and the old one to one file, the new one first"
-        )
-    keys = _lines(text)
-    # An empty one is a secret that did not arrive, and must not turn signatures off.
-    _check_keys(keys, SIGNING_KEY, "…", least=1)
-    return keys
-
-
-def describe_key_file(file: str | None) -> str | None:
-    """What a user should know about who can read the key file, None if nothing."""
-    try:
-        mode = Path(file).expanduser().stat().st_mode if file is not None else 0
-    except OSError:
-        return None
-    if not mode & (stat.S_IRGRP | stat.S_IROTH):
-        return None
-    return (
-        f"the signing key file {file} can be read by other users of this machine (mode {stat.S_IMODE(mode):04o}): "
-        "who reads it can sign. chmod 600 it"
-    )
-
-
 def run_name(url: str) -> str:
     """Name of the run at `url`: its last component; empty if there is none but a bucket."""
     _, _, path = url.rpartition("://")
@@ -236,15 +250,6 @@ def run_name(url: str) -> str:
     is_path = "://" not in url or url.startswith(("file://", "local://"))
     is_bucket_only = not is_path and len(parts) < 2
     return "" if is_bucket_only or not parts else parts[-1]
-
-
-def shown(text: str) -> str:
-    """A URL, or a text with URLs, without the passwords in them: for logs, errors and records."""
-    return _PASSWORD.sub("://…@", text)
-
-
-# `user:password@` before the host. `container@account` of Azure has no colon, and stays.
-_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
 
 
 def absolute_url(url: str) -> str:
@@ -275,38 +280,6 @@ def _is_plain(options: object) -> bool:
         return isinstance(options, Mapping) and bool(json.loads(json.dumps(dict(options))) == dict(options))
     except (TypeError, ValueError):
         return False
-
-
-def _read_keys(file: object) -> tuple[str, ...]:
-    allowed = f"a readable file with one key of {_SHORTEST_KEY_BYTES} bytes or more a line"
-    _check(isinstance(file, (str, Path)) and bool(str(file)), "signing_key_file", file, allowed)
-    try:
-        with open(Path(str(file)).expanduser(), "rb") as opened:
-            data = opened.read(_LONGEST_KEY_FILE_BYTES + 1)
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"signing_key_file={file!r} is not valid: it must be {allowed} ({reason})") from None
-    _check(len(data) <= _LONGEST_KEY_FILE_BYTES, "signing_key_file", file, f"{allowed}, and below 64 KiB")
-    keys = _lines(text)
-    _check_keys(keys, "signing_key_file", file, least=1)
-    return keys
-
-
-def _lines(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, text.splitlines())))
-
-
-def _check_keys(keys: object, name: str, value: object, *, least: int = 0) -> None:
-    allowed = f"keys of {_SHORTEST_KEY_BYTES} bytes or more, one a line, such as openssl rand -hex 32 prints"
-    is_plain = isinstance(keys, tuple) and all(isinstance(key, str) for key in keys)
-    _check(is_plain and all(len(key.encode()) >= _SHORTEST_KEY_BYTES for key in keys), name, value, allowed)  # type: ignore[attr-defined]
-    _check(len(keys) >= least, name, value, f"{allowed}: there is none")  # type: ignore[arg-type]
-
-
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(shown(f"{name}={value!r} is not valid: it must be {allowed}"))
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:

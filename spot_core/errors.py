@@ -16,6 +16,7 @@ SpotError
 from __future__ import annotations
 
 import errno
+import re
 
 
 class SpotError(Exception):
@@ -72,3 +73,18 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def shown(text: str) -> str:
+    """A URL, or a text with URLs, without the passwords in them: for logs, errors and records."""
+    return _PASSWORD.sub("://…@", text)
+
+
+# `user:password@` before the host. `container@account` of Azure has no colon, and stays.
+_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s]*@")
+
+
+def check(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ConfigError unless the value of an option is one that it may have."""
+    if not ok:
+        raise ConfigError(shown(f"{name}={value!r} is not valid: it must be {allowed}"))

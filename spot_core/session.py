@@ -27,12 +27,11 @@ from spot_core.agent.client import AgentClient, OpenedRun
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
-from spot_core.cadence.cadence import Cadence
-from spot_core.cadence.hazard import Hazard, LifeSpan
-from spot_core.config import SpotConfig, shown
-from spot_core.errors import FencedError
+from spot_core.config import SpotConfig
+from spot_core.errors import FencedError, shown
 from spot_core.handover import Capture, Preempted, ResumePoint
 from spot_core.notice.signals import SignalWatcher
+from spot_core.pacing import Pacer
 from spot_core.report import loggers
 from spot_core.report.log import make_visible
 from spot_core.snapshot.capture import Snapshotter
@@ -58,6 +57,7 @@ class Session:
         opened: OpenedRun,
         *,
         device: torch.device,
+        state_bytes: int,
         versions: Mapping[str, str],
         base_fingerprint: str | None,
     ) -> None:
@@ -68,15 +68,16 @@ class Session:
         self.resume: ResumePoint | None = None
         if opened.restored is not None:
             self.resume = ResumePoint.read(client.near_tiers, opened.restored, opened.pin, source=str(opened.source))
-        spans = [LifeSpan(life.duration_s, life.is_interrupted) for life in opened.lives]
-        self._cadence = Cadence(Hazard.from_lives(spans), fixed_interval_s=config.interval_s)
+        self._pacer = Pacer(
+            config,
+            opened,
+            started_unix_s=client.started_unix_s,
+            began=client.began,
+            useful_before_s=self.resume.manifest.useful_s if self.resume else 0.0,
+            state_bytes=state_bytes,
+        )
         self._snapshotter = Snapshotter(device)
         self.signals = SignalWatcher()
-        self._began = time.monotonic()
-        self._useful_before_s = self.resume.manifest.useful_s if self.resume else 0.0
-        self._useful_s = 0.0  # in this life
-        self._last: float | None = None  # when the step being timed began, None in a pause
-        self._take_s: float | None = None  # stall of a snapshot whose gate is still to come
         self._captured_step: int | None = None
         self._failure = ""  # of the last local commit, if it failed
         self._fence: str | None = None
@@ -114,6 +115,7 @@ class Session:
             client,
             client.open(),
             device=device,
+            state_bytes=state_bytes,
             versions={"torch": torch.__version__, "device": _device_name(device), **(versions or {})},
             base_fingerprint=base_fingerprint,
         )
@@ -142,7 +144,7 @@ class Session:
             logger.info("%s", point.verdict(number, self._versions, notes))
             self._captured_step = point.manifest.step
         journal = Journal(self._tier.root, number, self._client.overflow)
-        self._agent = AgentMonitor(self._client, journal)
+        self._agent = AgentMonitor(self._client, journal, on_look=self._write_cadence)
         self._local = LocalRun(
             self._tier,
             journal,
@@ -155,42 +157,30 @@ class Session:
         self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number, prepare=self._local.prepare)
         self._agent.start()
         self.signals.install(signals)
-        self._last = time.perf_counter()
+        self._pacer.step_started()
 
     # -- while training ------------------------------------------------------------------------------------
 
     def step_started(self) -> None:
         """A step begins: ends a pause."""
-        if self._last is None:
-            self._last = time.perf_counter()
+        self._pacer.step_started()
 
     def before_optimizer_step(self) -> None:
         """The gate: returns when the snapshot being taken no longer needs the live tensors."""
-        waited_s = self._snapshotter.gate()
-        if self._take_s is not None:
-            self._cadence.costs = self._cadence.costs.with_stall(self._take_s + waited_s)
-            self._take_s = None
+        self._pacer.gate_passed(self._snapshotter.gate())
 
     def step_completed(self, step: int) -> None:
         """An optimizer step is done: count useful time. Raises FencedError if a newer life exists."""
         writer, agent, local = self._running()
         if self._fence or agent.fence:
             raise FencedError(self._fence or agent.fence)
-        now = time.perf_counter()
-        costs = self._cadence.costs
-        if self._last is not None:
-            self._useful_s += now - self._last
-            is_busy = writer.is_busy or agent.pending_s is not None
-            costs = costs.with_step(now - self._last, is_busy=is_busy)
-        while agent.uploads:
-            costs = costs.with_upload(agent.uploads.popleft())
-        self._cadence.costs = costs
-        self._last = now
+        uploads = [agent.uploads.popleft() for _ in range(len(agent.uploads))]
+        self._pacer.step_completed(is_busy=writer.is_busy or agent.pending_s is not None, uploads=uploads)
         local.write_progress(self._progress(step))
 
     def pause(self) -> None:
         """What follows (an evaluation, the trainer's own save) is not useful training time."""
-        self._last = None
+        self._pacer.pause()
 
     def at_boundary(self, capture: Callable[[], Capture], *, is_required: bool = False) -> None:
         """State is consistent between two steps: take a checkpoint if one is due, stop if preempted.
@@ -202,8 +192,8 @@ class Session:
         if self.signals.noticed_at is not None:
             self._stop(capture)
         if not is_required:
-            age_s = time.monotonic() - self._began
-            is_due = self._cadence.is_due(self._useful_s, age_s=age_s, upload_pending_s=agent.pending_s or 0.0)
+            waiting_s = agent.pending_s or 0.0
+            is_due = self._pacer.is_due(upload_pending_s=waiting_s, hinted_unix_s=agent.hinted_unix_s)
             if writer.is_busy or not is_due:
                 return
         writer.wait()
@@ -219,10 +209,7 @@ class Session:
         snapshot = self._snapshotter.take(content.files)
         writer.submit(snapshot, self._manifest(content), self._written)
         self._captured_step = content.step
-        self._cadence.taken(self._useful_s)
-        self._take_s = time.perf_counter() - began
-        if self._last is not None:
-            self._last += self._take_s  # the stall is not useful time
+        self._pacer.taken(time.perf_counter() - began)
 
     def _manifest(self, content: Capture) -> Manifest:
         assert self._client.incarnation is not None and self._local is not None
@@ -231,7 +218,7 @@ class Session:
             run=self.config.run,
             name=CheckpointName(self._client.incarnation, content.step),
             epoch=content.epoch,
-            useful_s=round(self._useful_before_s + self._useful_s, 3),
+            useful_s=round(self._pacer.useful_s, 3),
             created=time.time(),
             framework=self._identity.framework,
             native=content.native,
@@ -265,11 +252,15 @@ class Session:
             f"step {durable.step}" if durable else "none yet",
         )
 
+    def _write_cadence(self) -> None:
+        if self._local is not None:
+            self._local.write_cadence(self._pacer.record().to_json())
+
     def _progress(self, step: int) -> Progress:
         resumed_step = self.resume.manifest.step if self.resume else 0
         failures = self._writer.failures if self._writer else 0
         why = self._local.remote_only if self._local else ""
-        return Progress(step, self._useful_before_s + self._useful_s, resumed_step, failures, self._failure, why)
+        return Progress(step, self._pacer.useful_s, resumed_step, failures, self._failure, why)
 
     def _running(self) -> tuple[CheckpointWriter, AgentMonitor, LocalRun]:
         if self._writer is None or self._agent is None or self._local is None:
@@ -324,6 +315,7 @@ class Session:
 
     def _end(self, outcome: str) -> bool:
         """Tell the agent how this life ended; only the first word counts. Returns whether it was told."""
+        self._write_cadence()
         is_told = self._local.end(outcome) if self._local is not None else False
         if self._agent is not None:
             self._agent.close()

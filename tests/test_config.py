@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from spot_core import config as configuration
-from spot_core.config import SpotConfig, describe_key_file, option_names, shown
-from spot_core.errors import ConfigError, SpotError
+from spot_core.config import SpotConfig, option_names
+from spot_core.errors import ConfigError, SpotError, shown
+from spot_core.keys import describe_key_file
 
 REMOTE = "s3://bucket/my-run"
 KEY = "0123456789abcdef"
@@ -55,6 +56,13 @@ BAD: dict[str, list[Any]] = {
     "remote": ["", "   ", None, 7, "s3://", "s3://bucket", "s3://bucket/", "/", "memory://x", "s3://bucket/..", ".."],
     "local": ["", 7, False],
     "interval_s": [0, -1.0, float("nan"), "600", True, [1]],
+    "interval_steps": [0, -1, 1.5, 100.0, "100", True],
+    "min_interval_s": [0, -1.0, float("nan"), "1", None, True],
+    "max_interval_s": [0, -1.0, float("nan"), "1", None, True, 0.5],
+    "max_overhead": [0, -0.1, 1.5, float("nan"), "10 %", None, True],
+    "prior_per_hour": [0, -1.0, float("nan"), float("inf"), 1e6, "1", True],
+    "fleet": ["", "s3://bucket", "/", 7, True],
+    "max_runtime_s": [0, -1.0, float("nan"), "24:00:00", True],
     "keep_local": [0, -1, 1.5, 2.0, "2", None, True],
     "keep_remote": [0, -1, 1.5, 2.0, "2", None, True],
     "keep_every": [0, -1, 1.5, 100.0, "100", False, True, [100]],
@@ -83,6 +91,13 @@ GOOD: dict[str, list[Any]] = {
     "remote": [REMOTE, "gs://bucket/a/run/", "/data/run", "run", "./run", "file:///data/run", "az://container/run"],
     "local": [None, "/scratch", "relative"],
     "interval_s": [None, 0.001, 600, np.float64(60)],
+    "interval_steps": [None, 1, 500],
+    "min_interval_s": [0.001, 60, 14400],
+    "max_interval_s": [1, 3600.0, float("inf")],
+    "max_overhead": [0.001, 0.035, 1],
+    "prior_per_hour": [None, 0.001, 3],
+    "fleet": [None, "s3://bucket/fleet", "/shared/fleet", "gs://bucket/team/fleet"],
+    "max_runtime_s": [None, 86_400, 0.5],
     "keep_local": [1, 100],
     "keep_remote": [1, 100],
     "keep_every": [None, 1, 1000],
@@ -189,6 +204,13 @@ FROM_ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "remote": ("gs://other/run", "gs://other/run"),
     "local": ("/scratch", "/scratch"),
     "interval_s": ("12.5", 12.5),
+    "interval_steps": ("500", 500),
+    "min_interval_s": ("0.5", 0.5),
+    "max_interval_s": ("3600", 3600.0),
+    "max_overhead": ("0.035", 0.035),
+    "prior_per_hour": ("2", 2.0),
+    "fleet": ("/shared/fleet", "/shared/fleet"),
+    "max_runtime_s": ("86400", 86400.0),
     "keep_local": ("7", 7),
     "keep_remote": (" 8 ", 8),
     "keep_every": ("500", 500),
@@ -204,6 +226,13 @@ ARGUMENTS: dict[str, Any] = {
     "remote": REMOTE,
     "local": "/argument",
     "interval_s": 1.0,
+    "interval_steps": None,
+    "min_interval_s": 2.0,
+    "max_interval_s": 1000.0,
+    "max_overhead": 0.5,
+    "prior_per_hour": 1.0,
+    "fleet": "/argument/fleet",
+    "max_runtime_s": 60.0,
     "keep_local": 1,
     "keep_remote": 1,
     "keep_every": 1,
@@ -225,7 +254,8 @@ def test_every_option_can_be_set_by_the_environment() -> None:
 def test_the_environment_beats_the_argument(name: str) -> None:
     text, value = FROM_ENVIRONMENT[name]
     found = resolve({f"SPOT_{name.upper()}": text}, **ARGUMENTS)
-    assert dataclasses.asdict(found) == {**dataclasses.asdict(resolve(**ARGUMENTS)), name: value}
+    replaced = {"interval_s": None} if name == "interval_steps" else {}
+    assert dataclasses.asdict(found) == {**dataclasses.asdict(resolve(**ARGUMENTS)), **replaced, name: value}
     assert type(getattr(found, name)) is type(value)
 
 
@@ -233,6 +263,22 @@ def test_the_environment_beats_the_argument(name: str) -> None:
 def test_an_empty_variable_is_as_good_as_none(name: str) -> None:
     for text in ("", "  "):
         assert resolve({f"SPOT_{name.upper()}": text}, **ARGUMENTS) == resolve(**ARGUMENTS)
+
+
+def test_an_interval_can_be_pinned_in_one_way_only() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^interval_steps=500 is not valid: it must be left out, since interval_s=60"
+    ):
+        resolve(remote=REMOTE, interval_s=60, interval_steps=500)
+    with pytest.raises(ConfigError, match=r"^interval_steps=500 is not valid"):
+        resolve({"SPOT_INTERVAL_S": "60", "SPOT_INTERVAL_STEPS": "500"}, remote=REMOTE)
+    pinned = resolve({"SPOT_INTERVAL_S": "60"}, remote=REMOTE, interval_steps=500)
+    assert (pinned.interval_s, pinned.interval_steps) == (60.0, None), "the environment's way replaces the argument's"
+
+
+def test_bounds_that_cross_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^max_interval_s=10 is not valid: it must be min_interval_s=60 or more"):
+        resolve(remote=REMOTE, min_interval_s=60, max_interval_s=10)
 
 
 def test_the_argument_beats_the_default_and_none_means_the_default() -> None:

@@ -12,26 +12,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Package -> what it may import of this project, besides itself.
-BELOW = {"spot_core.config", "spot_core.errors"}
+BELOW = {"spot_core.config", "spot_core.errors", "spot_core.keys"}
 ALLOWED: dict[str, set[str]] = {
     "spot_core.errors": set(),
-    "spot_core.config": {"spot_core.errors"},
+    "spot_core.keys": {"spot_core.errors"},
+    "spot_core.config": {"spot_core.errors", "spot_core.keys"},
     "spot_core.store": BELOW,
     "spot_core.cadence": BELOW,
     "spot_core.notice": BELOW,
     "spot_core.snapshot": BELOW | {"spot_core.store"},
     "spot_core.data": BELOW | {"spot_core.snapshot"},
     "spot_core.progress": {"spot_core.store"},
-    "spot_core.agent": BELOW | {"spot_core.store", "spot_core.progress"},
+    "spot_core.agent": BELOW | {f"spot_core.{part}" for part in ("store", "cadence", "notice", "progress")},
     "spot_core.report": BELOW
-    | {"spot_core.store", "spot_core.agent", "spot_core.chaos", "spot_core.progress", "spot_core"},
+    | {f"spot_core.{part}" for part in ("store", "cadence", "agent", "chaos", "progress")}
+    | {"spot_core"},
+    "spot_core.pacing": BELOW | {f"spot_core.{part}" for part in ("cadence", "notice", "agent", "report")},
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.handover": BELOW | {"spot_core.store", "spot_core.snapshot"},
     "spot_core.session": BELOW
     | {
-        f"spot_core.{part}"
-        for part in ("handover", "store", "cadence", "notice", "snapshot", "data", "agent", "report")
+        f"spot_core.{part}" for part in ("handover", "store", "notice", "snapshot", "data", "agent", "report", "pacing")
     },
     "hf_spot": {"spot_core"},
     "lightning_spot": {"spot_core"},
@@ -73,6 +75,8 @@ def test_every_package_has_a_layer() -> None:
         "spot_core.errors",
         "spot_core.config",
         "spot_core.handover",
+        "spot_core.keys",
+        "spot_core.pacing",
         "spot_core.progress",
         "spot_core.session",
     }

@@ -9,7 +9,9 @@ import json
 import logging
 import logging.handlers
 import os
+import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,12 +20,16 @@ import psutil
 
 from spot_core.agent import opening
 from spot_core.agent.drain import Drain
+from spot_core.agent.fleet import FleetMember
 from spot_core.agent.journal import Journal
+from spot_core.agent.lives import Life
 from spot_core.agent.process import Agent
-from spot_core.config import shown
-from spot_core.errors import ConfigError, SpotError
+from spot_core.cadence.hazard import Evidence
+from spot_core.errors import ConfigError, SpotError, shown
+from spot_core.notice.instance import Instance, read_instance
+from spot_core.notice.rebalance import RebalanceHint
 from spot_core.store import incarnation
-from spot_core.store.identity import RunIdentity
+from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
@@ -91,6 +97,10 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         newest = opening.newest_manifest(local, remote)
         _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
         return None
+    background = ThreadPoolExecutor(1)  # a metadata service may take its time: it is asked while the run is opened
+    asked = background.submit(read_instance, os.environ)
+    background.shutdown(wait=False)
+    shared = _fleet_tier(request, keys)
     identity = RunIdentity(request["framework"], request["facts"])
     trainer = _trainer(request["trainer_pid"], request["trainer_created"])
 
@@ -98,7 +108,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         _send(stream, event="progress", done=done, total=total)
 
     number = request["incarnation"]
-    resumed_step = 0
+    resumed_step, fleet = 0, None
     overflow = Overflow(Path(request["overflow"]) if request["overflow"] else None, local.signing)
     if number is None:
         opened = opening.open_run(
@@ -117,6 +127,11 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         restored = opened.restored
         number, resumed_step = opened.incarnation, restored.manifest.step if restored else 0
         overflow = opened.overflow
+        instance = asked.result()
+        stored = read_run(local) if shared is not None else None
+        if shared is not None and stored is not None:
+            life = _life(request, number or 0, resumed_step, instance)
+            fleet = FleetMember(shared, stored["run_id"], opened.lives, life)
         _send(
             stream,
             event="opened",
@@ -125,6 +140,8 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
             source=restored.source if restored else None,
             pin=str(opened.pin) if opened.pin else None,
             lives=[asdict(life) for life in opened.lives],
+            instance=asdict(instance),
+            fleet=asdict(fleet.learn() if fleet else Evidence()),
             max_steps=opened.max_steps,
             overflow=str(overflow.folder or ""),
         )
@@ -139,15 +156,41 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         )
         _send(stream, event="claimed", incarnation=number, overflow=str(overflow.folder or ""))
     _detach(Journal(local.root, number), request["log_level"])
+    instance = asked.result()
     return Agent(
         local,
         remote,
         _drain(request, local, remote, number, overflow),
-        number=number,
-        overflow=overflow,
-        started=request["started"],
-        resumed_step=resumed_step,
+        life=_life(request, number, resumed_step, instance),
+        began=request["began"],
         is_trainer_alive=lambda: _is_alive(trainer),
+        overflow=overflow,
+        hint=RebalanceHint.for_instance(instance, os.environ),
+        fleet=fleet,
+    )
+
+
+def _fleet_tier(request: dict[str, Any], keys: tuple[str, ...]) -> Tier | None:
+    """The folder shared by many runs. It gets the remote's options where it is of the same kind of store."""
+    url = request["fleet"]
+    if url is None:
+        return None
+    is_same_kind = url.rpartition("://")[0] == request["remote"].rpartition("://")[0]
+    return open_tier(url, request["storage_options"] if is_same_kind else {}, keys)
+
+
+def _life(request: dict[str, Any], number: int, resumed_step: int, instance: Instance) -> Life:
+    return Life(
+        incarnation=number,
+        host=platform.node(),
+        boot_id=instance.boot_id,
+        started=request["started"],
+        heartbeat=request["started"],
+        resumed_step=resumed_step,
+        step=resumed_step,
+        instance=instance.id,
+        pool=instance.pool,
+        began_s=round(max(0.0, request["started"] - instance.booted), 3),
     )
 
 

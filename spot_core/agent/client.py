@@ -18,8 +18,12 @@ import psutil
 
 from spot_core import errors
 from spot_core.agent.lives import Life
-from spot_core.config import SIGNING_KEY, STORAGE_OPTIONS, SpotConfig, describe_key_file
+from spot_core.cadence.hazard import Evidence
+from spot_core.cadence.record import evidence_from_json
+from spot_core.config import STORAGE_OPTIONS, SpotConfig
 from spot_core.errors import AgentError, SpotError
+from spot_core.keys import SIGNING_KEY, describe_key_file
+from spot_core.notice.instance import Instance
 from spot_core.progress import byte_bar
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
@@ -36,7 +40,8 @@ _RESTARTS_AT_START = 2
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
     """What the agent found. incarnation is None for a finished run, which was to last max_steps; restored is on the
-    local tier, verified."""
+    local tier, verified. lives: before this one, oldest first. instance: where this one runs. fleet: what other
+    runs have seen there."""
 
     incarnation: int | None
     restored: CheckpointName | None
@@ -44,6 +49,8 @@ class OpenedRun:
     pin: CheckpointName | None
     lives: list[Life]
     max_steps: int | None
+    instance: Instance
+    fleet: Evidence
 
 
 class AgentClient:
@@ -53,7 +60,7 @@ class AgentClient:
         assert config.local is not None
         self._config = config
         self._identity = identity
-        self._started = time.time()
+        self.started_unix_s, self.began = time.time(), time.monotonic()
         self._process: subprocess.Popen[str] | None = None
         self._restored: str | None = None
         self.incarnation: int | None = None
@@ -91,6 +98,8 @@ class AgentClient:
             pin=CheckpointName.parse(event["pin"] or ""),
             lives=[Life(**life) for life in event["lives"]],
             max_steps=event["max_steps"],
+            instance=Instance(**event["instance"]),
+            fleet=evidence_from_json(event["fleet"]),
         )
 
     def claim(self) -> int:
@@ -169,8 +178,10 @@ class AgentClient:
             "keep_local": self._config.keep_local,
             "keep_remote": self._config.keep_remote,
             "keep_every": self._config.keep_every,
+            "fleet": self._config.fleet,
             "start_timeout_s": self._config.start_timeout_s,
-            "started": self._started,
+            "started": self.started_unix_s,
+            "began": self.began,
             "trainer_pid": os.getpid(),
             "trainer_created": psutil.Process().create_time(),
             "log_level": logging.getLogger("spot_core").getEffectiveLevel(),

@@ -2,6 +2,7 @@
 
     000003.progress      trainer -> anyone: step, useful seconds, failed commits; survives SIGKILL of the trainer
     000003.outcome.json  trainer -> agent: how the trainer ended, if it could say so
+    000003.cadence.json  trainer -> anyone: what the interval follows from, at the last checkpoint
     000003.agent.json    agent -> trainer: what is durable, what is being drained, the last failure
 
 Each file has one writer. The JSON files are replaced whole; no fsync, since they matter only on this boot. What the
@@ -64,6 +65,7 @@ class AgentStatus:
     failures, last_failure: of drains, and of local commits as the trainer reports them; is_drain_failing tells which.
     drained: checkpoint name -> seconds from local commit to durable on the remote (the last ones of this life).
     newest_durable: newest name committed and verified on the remote. draining: name being uploaded now.
+    hinted_unix_s: when the provider said that this instance is in danger, None if it did not.
     """
 
     pid: int = 0
@@ -79,6 +81,7 @@ class AgentStatus:
     is_finished: bool = False
     durable: list[str] = field(default_factory=list)
     is_drain_failing: bool = False
+    hinted_unix_s: float | None = None
 
 
 class Journal:
@@ -142,6 +145,14 @@ class Journal:
     def read_outcome(self) -> str | None:
         body = self._read("outcome.json")
         return str(body["outcome"]) if body else None
+
+    def write_cadence(self, record: dict[str, Any]) -> None:
+        """Trainer: where its cadence stands. Nothing depends on it: it is left out where neither place takes it."""
+        with contextlib.suppress(OSError):
+            self._write("cadence.json", record)
+
+    def read_cadence(self) -> dict[str, Any] | None:
+        return self._read("cadence.json")
 
     def write_status(self, status: AgentStatus) -> bool:
         """Agent: returns whether it is in the local folder. Raises OSError if neither place takes it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.monitor import AgentMonitor
@@ -68,6 +69,11 @@ class LocalRun:
     def write_progress(self, progress: Progress) -> None:
         self._progress = progress
         self._journal.write_progress(progress)
+
+    def write_cadence(self, record: dict[str, Any]) -> None:
+        """Where the cadence stands, for `spot explain` and the next life. Not after the end: the agent has gone."""
+        if not self._is_ended:
+            self._journal.write_cadence(record)
 
     def prepare(self, manifest: Manifest, expected_bytes: int, failure: OSError | None = None) -> PosixTier:
         """Where the checkpoint that is about to be written has room: the local folder, or else the overflow.

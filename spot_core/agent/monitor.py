@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from spot_core.agent.client import AgentClient
 from spot_core.agent.journal import AgentStatus, Journal
@@ -20,6 +21,7 @@ from spot_core.store.layout import CheckpointName
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.5
+_LOOKS = 10
 _RESTART_EVERY_S = 30.0
 _WAIT_S = 0.05
 
@@ -28,11 +30,11 @@ class AgentMonitor:
     """The trainer's view of its agent.
 
     uploads: seconds from local commit to durable, one entry a drained checkpoint, for the cadence to take.
-    fence: why this life must stop, if a newer one exists.
+    fence: why this life must stop, if a newer one exists. on_look: called every few seconds, in this thread.
     """
 
-    def __init__(self, client: AgentClient, journal: Journal) -> None:
-        self._client, self._journal = client, journal
+    def __init__(self, client: AgentClient, journal: Journal, on_look: Callable[[], None] = lambda: None) -> None:
+        self._client, self._journal, self._on_look = client, journal, on_look
         self._status = AgentStatus()
         self._counted: set[str] = set()
         self._closed = threading.Event()
@@ -61,6 +63,11 @@ class AgentMonitor:
     @property
     def drain_failure(self) -> str | None:
         return self._status.last_failure if self._status.is_drain_failing else None
+
+    @property
+    def hinted_unix_s(self) -> float | None:
+        """When the provider said that this instance is in danger, None if it did not."""
+        return self._status.hinted_unix_s
 
     @property
     def pending_s(self) -> float | None:
@@ -105,10 +112,14 @@ class AgentMonitor:
         self._read()
 
     def _watch(self) -> None:
+        looked = 0
         while not self._closed.wait(_EVERY_S):
             self._read()
             if self.fence is None:
                 self._revive()
+            if looked % _LOOKS == 0:
+                self._on_look()
+            looked += 1
 
     def _revive(self) -> None:
         """Start an agent that has ended again, no sooner than `_RESTART_EVERY_S` after the last time."""

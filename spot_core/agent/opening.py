@@ -176,7 +176,7 @@ def _open_once(
     tiers: list[Tier] = [tier for tier in (local, overflow.tier, remote) if tier is not None]
     ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
     if restored is not None and restored.manifest.name in ended:
-        return Opened(None, restored, pin, [], ended[restored.manifest.name], overflow)
+        return Opened(None, restored, pin, read_lives(remote), ended[restored.manifest.name], overflow)
     if not is_wanted():
         raise AgentError("the trainer ended before its life was claimed: nothing was claimed")
     number = _claim_once(local, remote, identity, started)

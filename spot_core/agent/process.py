@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import signal
 import threading
 import time
@@ -19,10 +18,12 @@ from dataclasses import replace
 
 from spot_core.agent import lives
 from spot_core.agent.drain import Drain
+from spot_core.agent.fleet import FleetMember
 from spot_core.agent.journal import AgentStatus, Journal
 from spot_core.agent.lives import Life
 from spot_core.errors import FencedError, SpotError
-from spot_core.store import incarnation, layout
+from spot_core.notice.rebalance import RebalanceHint
+from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 HEARTBEAT_S = 60.0
+_SHARE_EVERY_S = 600.0
+_HINT_EVERY_S = 5.0
 LINGER_S = 900.0
 _STATUS_EVERY_S = 0.2
 _SHOWN_DRAINS = 50
@@ -46,7 +49,9 @@ EXIT_FENCED = 4
 class Agent:
     """The agent of one life.
 
-    is_trainer_alive: asked about ten times a second. drain: what to upload and prune.
+    life: its record at the start. began: monotonic seconds when it began. drain: what to upload and prune.
+    is_trainer_alive: asked about ten times a second. hint: of the instance's danger, where the provider gives one.
+    fleet: with whom the record is shared, None after a restart: it knows the lives before this one.
     """
 
     def __init__(
@@ -55,29 +60,23 @@ class Agent:
         remote: Tier,
         drain: Drain,
         *,
-        number: int,
-        started: float,
-        resumed_step: int,
+        life: Life,
+        began: float,
         is_trainer_alive: Callable[[], bool],
         overflow: Overflow | None = None,
+        hint: RebalanceHint | None = None,
+        fleet: FleetMember | None = None,
     ) -> None:
         self._local, self._remote, self._drain = local, remote, drain
         self._overflow = overflow or Overflow(None)
-        self._is_trainer_alive = is_trainer_alive
-        self._journal = Journal(local.root, number, self._overflow)
+        self._is_trainer_alive, self._hint, self._fleet = is_trainer_alive, hint, fleet
+        self._journal = Journal(local.root, life.incarnation, self._overflow)
         self._status = AgentStatus(pid=os.getpid())
         self._status_written = 0.0
         self._reported: str | None = None
         self._ended = threading.Event()
-        self._life = Life(
-            incarnation=number,
-            host=platform.node(),
-            boot_id=incarnation.boot_id(),
-            started=started,
-            heartbeat=started,
-            resumed_step=resumed_step,
-            step=resumed_step,
-        )
+        self._life, self._began = life, began
+        self._trainer_ended_at: float | None = None
 
     def run(self) -> int:
         """Work until the purpose is over; returns the exit code."""
@@ -91,6 +90,7 @@ class Agent:
             self._ended.set()
             heart.join(timeout=5)
         self._record(outcome)
+        self._share()
         self._status.is_finished = True
         is_told = self._publish(force=True)
         self._give_memory_back(code, is_told=is_told)
@@ -98,11 +98,11 @@ class Agent:
         return code
 
     def _work(self) -> tuple[int, str]:
-        failures, trainer_ended_at = 0, None
+        failures = 0
         while True:
             outcome = self._journal.read_outcome()
-            if trainer_ended_at is None and (outcome is not None or not self._is_trainer_alive()):
-                trainer_ended_at = time.monotonic()
+            if self._trainer_ended_at is None and (outcome is not None or not self._is_trainer_alive()):
+                self._trainer_ended_at = time.monotonic()
                 # A commit made between the last look and the end must still be seen below.
                 outcome = self._journal.read_outcome()
             try:
@@ -111,14 +111,15 @@ class Agent:
             except FencedError as error:
                 logger.warning("%s", error)
                 self._status.fence = str(error)
-                return EXIT_FENCED, outcome or (lives.FENCED if trainer_ended_at is None else lives.DIED)
+                return EXIT_FENCED, outcome or (lives.FENCED if self._trainer_ended_at is None else lives.DIED)
             except SpotError as error:
                 self._report(error)
                 failures += 1
                 drained = False
-            if failures == 0 and not drained and trainer_ended_at is not None:
+            if failures == 0 and not drained and self._trainer_ended_at is not None:
                 return EXIT_DRAINED, outcome or lives.DIED
-            if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > LINGER_S:
+            ended_at = self._trainer_ended_at
+            if ended_at is not None and time.monotonic() - ended_at > LINGER_S:
                 logger.error("giving up: the remote did not answer for %.0f s after training ended", LINGER_S)
                 return EXIT_GAVE_UP, outcome or lives.DIED
             if not drained:
@@ -208,19 +209,37 @@ class Agent:
 
     def _beat(self) -> None:
         self._record(lives.RUNNING)
-        while not self._ended.wait(HEARTBEAT_S):
-            self._record(lives.RUNNING)
+        if self._fleet is not None:
+            self._fleet.share_all()
+        recorded = shared = time.monotonic()
+        every_s = HEARTBEAT_S if self._hint is None else _HINT_EVERY_S
+        while not self._ended.wait(every_s):
+            if self._hint is not None:
+                self._status.hinted_unix_s = self._hint.noticed_unix_s()
+            if time.monotonic() - recorded >= HEARTBEAT_S:
+                self._record(lives.RUNNING)
+                recorded = time.monotonic()
+            if time.monotonic() - shared >= _SHARE_EVERY_S:
+                self._share()
+                shared = time.monotonic()
+
+    def _share(self) -> None:
+        if self._fleet is not None:
+            self._fleet.share(self._life)
 
     def _record(self, outcome: str) -> None:
         progress = self._journal.read_progress()
+        until = self._trainer_ended_at or time.monotonic()  # what it drains after that is not life of the job
         self._life = replace(
             self._life,
             heartbeat=time.time(),
+            lived_s=round(max(0.0, until - self._began), 3),
             outcome=outcome,
             step=progress.step if progress else self._life.step,
             useful_s=round(progress.useful_s, 3) if progress else self._life.useful_s,
             resumed_step=progress.resumed_step if progress else self._life.resumed_step,
             newest_durable=self._status.newest_durable,
+            cadence=self._journal.read_cadence() or self._life.cadence,
         )
         for tier in (self._local, self._remote):
             try:

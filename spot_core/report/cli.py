@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.text import Text
 
 from spot_core.chaos.command import chaos
-from spot_core.config import describe_key_file, shown, signing_keys_from, storage_options_from
-from spot_core.errors import ConfigError, FencedError, SpotError, TierError
+from spot_core.config import storage_options_from
+from spot_core.errors import ConfigError, FencedError, SpotError, TierError, shown
+from spot_core.keys import describe_key_file, signing_keys_from
 from spot_core.progress import byte_bar
-from spot_core.report import draining, places, prune, repair, runs, status, status_report, tables, verify
+from spot_core.report import draining, explain, places, prune, repair, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
 from spot_core.report.log import make_visible
 
@@ -132,6 +133,23 @@ def show_status(
         tables.show(status_report.status_report(view))
     if view.remote_error is not None:
         raise typer.Exit(EXIT_LOCAL_ONLY)
+
+
+@app.command("explain")
+def explain_interval(
+    url: RunUrl,
+    local: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's local folder: knows the last checkpoint's numbers.")
+    ] = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why the next checkpoint is due when it is: lives seen, losses expected, costs, bounds, interval."""
+    view = explain.explain(places.open_run(url, _options(), _keys(key_file)), local, now=time.time())
+    if as_json:
+        _print_json(dataclasses.asdict(view))
+    else:
+        tables.show(explain.explain_report(view))
 
 
 @app.command("verify")

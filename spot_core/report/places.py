@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from spot_core.config import absolute_url, shown
-from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError
+from spot_core.config import absolute_url
+from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError, shown
 from spot_core.store import layout
 from spot_core.store.identity import read_run
 from spot_core.store.posix import PosixTier

@@ -104,7 +104,7 @@ def status(run: StoredRun, local: Path | None, *, now: float) -> StatusView:
     stored = runs.checkpoints(run.tier, now=now)
     here = None
     if local is not None:
-        tier, found = _local_run(local, run.name, run.tier.signing)
+        tier, found = local_run(local, run.name, run.tier.signing)
         identity.check_same_run(tier, run.identity)
         here = _local(tier, Overflow.of(run.tier, found["run_id"]), _newest(stored))
     return _view(run.name, run.tier.url, run.tier, run.identity, stored, here, now=now)
@@ -114,7 +114,7 @@ def status_of_host(url: str, local: Path, keys: tuple[str, ...], *, remote_error
     """What this host knows of a run whose remote cannot be read. Raises ConfigError if that folder holds no run."""
     name, url = run_name(url), places.address(url)
     signing = Signing(name, keys)
-    tier, found = _local_run(local, name, signing)
+    tier, found = local_run(local, name, signing)
     overflow = Overflow.at(url, found["run_id"], signing)
     stored = _last_known_durable(tier, overflow, now=now)
     here = _local(tier, overflow, _newest(stored))
@@ -167,7 +167,7 @@ def _newest(stored: Sequence[CheckpointView]) -> CheckpointView | None:
     return next((checkpoint for checkpoint in stored if checkpoint.error is None), None)
 
 
-def _local_run(folder: Path, name: str, signing: Signing) -> tuple[PosixTier, dict[str, Any]]:
+def local_run(folder: Path, name: str, signing: Signing) -> tuple[PosixTier, dict[str, Any]]:
     """A run's local tier, at `folder` or in it under the run's name, and its run.json. Raises ConfigError."""
     for place in (folder, folder / name):
         tier = PosixTier(place, signing)

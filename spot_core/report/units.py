@@ -17,7 +17,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `4.2s`, `48s`, `12m`, `5h 03m`, `2d 04h`."""
+    """Two units at most: `20ms`, `4.2s`, `48s`, `12m`, `5h 03m`, `2d 04h`."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.0f}ms" if seconds >= 0.00995 else f"{seconds * 1000:.1f}ms"
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 90:
         return f"{seconds:.1f}s".replace(".0s", "s") if seconds < 9.95 else f"{seconds:.0f}s"

@@ -9,7 +9,6 @@ import platform
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from spot_core.errors import CommitConflictError, ConfigError, FencedError, TierError
 from spot_core.store import layout
@@ -45,7 +44,6 @@ def claim(local: Tier, remote: Tier, started: float, *, wait: Callable[[float], 
             "incarnation": number,
             "host": platform.node(),
             "pid": os.getpid(),
-            "boot_id": boot_id(),
             "started": started,
             "token": uuid.uuid4().hex,
         }
@@ -98,11 +96,3 @@ def check_fence(tier: Tier, number: int) -> None:
             "stops and commits nothing more; what it had committed stays. If the newer one was started by "
             "mistake, stop it and run the same command again."
         )
-
-
-def boot_id() -> str:
-    """Identity of this boot of this machine, empty where the system gives none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

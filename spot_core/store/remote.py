@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
-from spot_core.config import shown
 from spot_core.errors import (
     CommitConflictError,
     CommitUnknownError,
@@ -28,6 +27,7 @@ from spot_core.errors import (
     SpotError,
     TierDeniedError,
     TierError,
+    shown,
 )
 from spot_core.store import folders, s3
 from spot_core.store.manifest import FileRecord

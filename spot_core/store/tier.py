@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from blake3 import blake3
 
-from spot_core.config import run_name, shown
-from spot_core.errors import ConfigError, CorruptCheckpointError
+from spot_core.config import run_name
+from spot_core.errors import ConfigError, CorruptCheckpointError, shown
 from spot_core.store.manifest import FileRecord
 from spot_core.store.signing import Signing
 

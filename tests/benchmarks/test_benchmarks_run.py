@@ -69,3 +69,61 @@ def test_outage_measures_every_network_and_leaves_nothing_behind(tmp_path: Path)
     assert {"remote down", "SlowDown"} <= struck
     assert not struck & {"none", "50 KB/s uplink"}
     assert not list(work.iterdir())
+
+
+GOODPUT_POLICIES = {
+    "adaptive",
+    "fixed-500-steps",
+    "fixed-600s",
+    "fixed-1800s",
+    "fixed-3600s",
+    "budget-3.5%",
+    "young-daly-oracle",
+    "best-fixed-hindsight",
+    "knows-every-death",
+}
+
+
+def test_goodput_replays_a_folder_of_lives_under_every_policy(tmp_path: Path) -> None:
+    """A file of lives that all last two hours: what each policy keeps is known."""
+    lives = [f"slot,{nth * 10000},7200,0" for nth in range(4)]
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "even.csv").write_text("\n".join(["series,start_s,lifetime_s,censored", *lives]) + "\n")
+    arguments = ["--traces", str(tmp_path / "traces"), "--size", "tiny", "--lives", "4", "--plots", str(tmp_path)]
+    table = run("goodput.py", *arguments, "--json", str(tmp_path / "goodput.json"))
+    rows = [row for row in json.loads((tmp_path / "goodput.json").read_text()) if row["trace"] == "even"]
+    assert "even" in table and {row["policy"] for row in rows} == GOODPUT_POLICIES
+    assert {row["slowdown"] for row in rows} == {0.0, 0.1}
+
+    def kept(policy: str, **wanted: float) -> dict[str, float]:
+        setting = {
+            "stall_s": 1.0,
+            "upload_s": 20.0,
+            "restart_s": 30.0,
+            "announced": 0.0,
+            "lead_s": 30.0,
+            "slowdown": 0.0,
+        }
+        (row,) = (row for row in rows if row["policy"] == policy and (setting | wanted).items() <= row.items())
+        return row
+
+    # Restores for 30 s; of 7170 s 14 periods of 501 s end 20 s before the death at 7200 s.
+    assert kept("fixed-500-steps")["goodput"] == pytest.approx(14 * 500 / 7200)
+    assert kept("fixed-500-steps")["lost_s_per_preemption"] == pytest.approx(7170 - 14 * 501)
+    assert kept("knows-every-death")["goodput"] == pytest.approx((7200 - 30 - 21) / 7200)
+    for row in rows:
+        best = kept(
+            "best-fixed-hindsight",
+            **{name: row[name] for name in row.keys() - {"trace", "policy", "goodput", "lost_s_per_preemption"}},
+        )
+        if row["policy"] not in {"adaptive", "knows-every-death"}:
+            assert row["goodput"] <= best["goodput"] + 1e-9
+        assert 0.0 < row["goodput"] < 1.0
+    assert kept("adaptive", announced=0.9)["goodput"] >= kept("adaptive")["goodput"]
+    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in ("goodput.png", "interval.png"))
+
+
+def test_goodput_says_what_is_wrong_with_a_folder_without_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "goodput.py", "--traces", str(tmp_path)]
+    result = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2 and "has no CSV files of lives" in result.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from spot_core.agent import lives
 from spot_core.agent.drain import Drain
 from spot_core.agent.lives import Life
+from spot_core.notice.instance import this_boot
 from spot_core.store import incarnation, layout, resume
 from spot_core.store.identity import RunIdentity, create_run
 from spot_core.store.layout import CheckpointName
@@ -51,7 +52,7 @@ class BuiltRun:
         life = Life(
             incarnation=number,
             host=host,
-            boot_id=incarnation.boot_id(),
+            boot_id=this_boot(),
             started=heartbeat - lasted_s,
             heartbeat=heartbeat,
             outcome=outcome,
