@@ -273,7 +273,7 @@ def test_cli_help_shows_every_option_of_the_callback(capsys: pytest.CaptureFixtu
     options = inspect.signature(SpotCallback).parameters
     assert entries.keys() == options.keys(), shown
     for name, option in options.items():
-        default = {None: "null", True: "True", False: "False"}.get(option.default, option.default)
+        default = "null" if option.default is None else option.default
         assert f"default: {default})" in entries[name], entries[name]
         explanation = entries[name].partition("(type:")[0].split()[1:]
         assert len(explanation) >= 4, entries[name]
