@@ -139,11 +139,11 @@ class FaultProxy:
         while left:
             blocks.append(await reader.readexactly(min(left, _BLOCK_BYTES)))
             left -= len(blocks[-1])
-            if self.bandwidth_bytes_s:
-                await asyncio.sleep(len(blocks[-1]) / self.bandwidth_bytes_s)
-            if self.uplink_bytes_s:
+            if bandwidth := self.bandwidth_bytes_s:
+                await asyncio.sleep(len(blocks[-1]) / bandwidth)
+            if uplink := self.uplink_bytes_s:
                 async with self._uplink:
-                    await asyncio.sleep(len(blocks[-1]) / self.uplink_bytes_s)
+                    await asyncio.sleep(len(blocks[-1]) / uplink)
         return b"".join(blocks)
 
     async def _answer(self, writer: asyncio.StreamWriter, fault: Fault, method: str) -> bool:
