@@ -318,7 +318,7 @@ class Histories(RuleBasedStateMachine):
         before = tree(world.remote.root)
         tier = FaultyTier(world.remote, plan)
         now = world.clock if is_active else world.clock + LONG_AFTER_S
-        world.acting = world.here
+        world.acting, world.is_pruned_by_hand = world.here, True
         try:
             found = prune.plan(tier, keep=keep, keep_every=limits.keep_every, now=now, on_progress=lambda *_: None)
             prune.execute(tier, found)

@@ -179,7 +179,6 @@ def test_an_outage_leaves_a_backlog_that_drains_newest_first(
     assert step_of(run) - step > OUTAGE_S, "training goes on"
     shown, backlog, index = status_of(run), undrained(run), len(proxy.seen)
     print(f"{len(backlog)} checkpoints wait, {shown['gap_steps']} steps, {shown['agent']['failures']} failures")
-    assert (shown["agent"]["failures"] > 0) == (OUTAGE_S > 30)
     proxy.chooses = lambda _: None
     run.assert_finished(life.result(), reference)
     drained = [name for name in manifests_put(proxy.seen[index:]) if name in backlog]

@@ -54,7 +54,8 @@ def cut(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     )
     assert result.returncode == 0, result.stderr
     whole, *found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(found) == plan.cuts and all(each["cut_at"] for each in found)
+    # A history may be over before a moment that was chosen by the time the first one took.
+    assert len(found) == plan.cuts and all(each["cut_at"] for each in found if each["nth"])
     assert whole["problem"] is None and len(whole["said"]) > 15, "the history that was left alone must succeed"
     return found
 

@@ -79,6 +79,7 @@ class World:
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.folder, self.limits = folder, limits
         self.keep_remote = limits.keep_remote  # until the next look
+        self.is_pruned_by_hand = False  # since the last look: from the remote alone, without what lies here
         self.remote = PosixTier(folder / "bucket" / RUN)
         self.instances: list[PosixTier] = []
         self.jobs: list[LivingJob] = []
@@ -257,10 +258,11 @@ class World:
         kept_there = {*there[: self.keep_remote], *milestones}
         kept_here = {*here[: self.limits.keep_local]}
         pinned = self._pinned(kept_there | kept_here)
+        pinned_there = self._pinned(kept_there) if self.is_pruned_by_hand else pinned
         newest = max(self.durable, default=None)
         for name in set(before_there) - set(names[self.remote.url]):
             assert newest is not None and name < newest, f"{name} is gone from the remote, nothing newer is durable"
-            assert name not in kept_there | pinned, f"{name} is gone from the remote, it was to be kept"
+            assert name not in kept_there | pinned_there, f"{name} is gone from the remote, it was to be kept"
         waits = {*sorted({*here, *there}, reverse=True)[: self.keep_remote], *milestones}
         for name in set(before_here) - set(names[self.acting.url]):
             assert newest is not None and name < newest, f"{name} is gone here, nothing newer is durable"
@@ -271,7 +273,7 @@ class World:
             if tier.url != self.acting.url:
                 gone = set(self._seen.get(tier.url, ())) - set(names[tier.url])
                 assert not gone, f"{gone} is gone from an instance where nothing was done"
-        self._seen, self.keep_remote = names, self.limits.keep_remote
+        self._seen, self.keep_remote, self.is_pruned_by_hand = names, self.limits.keep_remote, False
 
     def _pinned(self, names: Collection[CheckpointName]) -> set[CheckpointName]:
         tiers = (self.remote, self.acting)
