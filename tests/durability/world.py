@@ -258,7 +258,10 @@ class World:
         kept_there = {*there[: self.keep_remote], *milestones}
         kept_here = {*here[: self.limits.keep_local]}
         pinned = self._pinned(kept_there | kept_here)
-        pinned_there = self._pinned(kept_there) if self.is_pruned_by_hand else pinned
+        pinned_there = pinned
+        if self.is_pruned_by_hand:
+            kept_there = {*there[: self.keep_remote], *retention.milestones(there, every=self.limits.keep_every)}
+            pinned_there = self._pinned(kept_there)
         newest = max(self.durable, default=None)
         for name in set(before_there) - set(names[self.remote.url]):
             assert newest is not None and name < newest, f"{name} is gone from the remote, nothing newer is durable"
