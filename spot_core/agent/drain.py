@@ -197,8 +197,10 @@ class Drain:
             return
         pinned = self._pinned(local)
         lasting = pinned | self._lasting(local)
-        # A backlog may be longer than keep_local and still be wanted on the remote.
-        wanted = pinned.union(self.pending())
+        # A backlog may be longer than keep_local and still be wanted on the remote, with what it refers to: the remote
+        # may be pruned by hand before it gets there.
+        waiting = self.pending()
+        wanted = pinned.union(waiting, self._pins_of(waiting))
         for tier, keep, stay in ((self._remote, self._keep_remote, lasting), (self._local, self._keep_local, wanted)):
             names = resume.names(tier)
             # What somebody else put there takes the place of nothing.

@@ -194,6 +194,21 @@ def test_what_an_older_kept_one_pins_stays_on_the_remote_while_newer_ones_wait(
             assert pin is None or pin in resume.names(remote), f"{name} lost {pin}"
 
 
+def test_what_a_waiting_milestone_pins_stays_here_until_both_are_there(local: PosixTier, remote: PosixTier) -> None:
+    """Somebody who prunes the remote by hand meanwhile cannot know what a disk elsewhere refers to."""
+    keeps = {"keep_local": 1, "keep_remote": 1, "keep_every": TWO.step}
+    drain = make_drain(local, remote, **keeps)
+    commit_checkpoint(local, ONE)
+    drain_all(drain)
+    commit_checkpoint(local, TWO, pins=ONE)
+    commit_checkpoint(local, FOUR)
+    assert drain.step(lambda *_: None) is not None
+    assert resume.names(local) == [FOUR, TWO, ONE]
+    retention.delete_checkpoints(remote, [ONE])
+    drain_all(make_drain(local, remote, **keeps))
+    assert resume.names(remote) == [FOUR, TWO, ONE]
+
+
 # -- what may be deleted ---------------------------------------------------------------------------------------
 
 
