@@ -36,7 +36,7 @@ class Fault:
     status, code: the answer instead of the server's, which never hears of it. reset_after_bytes: so much of the
     server's reply comes through (0: none, although the request was done), then the connection is reset.
     reset_body_after_bytes: so much of the request's body is taken, then the connection is reset. delay_s: it waits
-    before the server hears of it.
+    before the server hears of it. body: with status, the whole answer.
     """
 
     status: int | None = None
@@ -44,6 +44,7 @@ class Fault:
     reset_after_bytes: int | None = None
     reset_body_after_bytes: int | None = None
     delay_s: float = 0.0
+    body: str = ""
 
 
 SLOW_DOWN = Fault(status=503, code="SlowDown")
@@ -149,7 +150,8 @@ class FaultProxy:
     async def _answer(self, writer: asyncio.StreamWriter, fault: Fault, method: str) -> bool:
         if not fault.status:
             return False
-        body = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.code}</Message></Error>".encode()
+        error = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.code}</Message></Error>"
+        body = (fault.body or error).encode()
         head = (
             f"HTTP/1.1 {fault.status} Spoiled\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
         )

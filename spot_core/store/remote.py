@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from spot_core.errors import (
 from spot_core.store import folders, s3
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import write_all
-from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES
+from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES, S3
 from spot_core.store.signing import UNSIGNED, Signing
 from spot_core.store.tier import CHUNK_BYTES, RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
 
@@ -43,6 +44,9 @@ _REFUSED_CREATE = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 
 # Whose file system sends `mode="create"` as a condition to the server. The others look first, then write.
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+
+# Where file systems tell when a file was last written, in the order tried.
+_MODIFIED = ("LastModified", "mtime", "last_modified", "updated", "created")
 
 _T = TypeVar("_T")
 
@@ -78,7 +82,7 @@ class FsspecTier:
                 f"{self.url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
             )
 
-        self._s3 = s3.S3(self._fs, self._root) if is_s3 else None
+        self._s3 = S3(self._fs, self._root) if is_s3 else None
         self._folders = folders.Folders(self._fs) if scheme in folders.SCHEMES else None
 
     def _path(self, relative: str) -> str:
@@ -203,6 +207,23 @@ class FsspecTier:
     def size(self, path: str) -> int:
         return self._do("read", path, lambda: int(self._fs.info(self._path(path))["size"]))
 
+    def modified_unix_s(self, path: str) -> float | None:
+        info = self._do("read", path, lambda: dict(self._fs.info(self._path(path))))
+        return next((unix_s for name in _MODIFIED if (unix_s := _unix_s(info.get(name))) is not None), None)
+
+    @property
+    def bucket(self) -> S3 | None:
+        """The folder of a bucket that this tier is, None on what is not S3."""
+        return self._s3
+
+    def make_root(self) -> Callable[[], None]:
+        """Make the run's folder where the file system wants that; returns what removes those it made, while empty."""
+        if self._folders is None:
+            return lambda: None
+        missing = self._do("look for", "", partial(self._folders.missing, self._root))
+        self._do("make", "", partial(self._folders.make, self._root))
+        return partial(self._do, "remove", "", partial(self._folders.remove_empty, missing))
+
     def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
         # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
         size = self.size(path)
@@ -235,7 +256,13 @@ class FsspecTier:
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                self._do("delete", path, lambda: self._fs.rm(self._path(path), recursive=True))  # noqa: B023
+                self._do("delete", path, lambda: self._rm(path))  # noqa: B023
+
+    def _rm(self, path: str) -> None:
+        if self._s3:
+            self._s3.delete(path)
+        else:
+            self._fs.rm(self._path(path), recursive=True)
 
 
 @contextlib.contextmanager
@@ -257,6 +284,16 @@ def _translated(what: str) -> Iterator[None]:
         denied = type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
         kind = TierDeniedError if denied else TierError
         raise kind(shown(f"cannot {what}: {type(error).__name__}: {error}")) from error
+
+
+def _unix_s(when: object) -> float | None:
+    """A moment as file systems give it: a number, a datetime, or text; None for anything else."""
+    if isinstance(when, str):
+        with contextlib.suppress(ValueError):
+            when = datetime.fromisoformat(when.replace("Z", "+00:00"))
+    if isinstance(when, datetime):
+        return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+    return float(when) if isinstance(when, (int, float)) else None
 
 
 def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:

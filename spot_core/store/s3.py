@@ -37,6 +37,9 @@ _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 _PASSING = {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "InternalError", "ServiceUnavailable"}
 # A HEAD has no body: s3fs then gives its status for a code.
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "400"}
+# Of single names in the answer to a deletion of many, of which one request takes so many.
+_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidObjectState"}
+_KEYS_AT_ONCE = 1000
 # Stored at once, but read hours later: nothing could be read back, and nothing resumed.
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 _UNKNOWN_CHECKSUM = {"InvalidArgument", "InvalidRequest", "NotImplemented"}
@@ -191,14 +194,59 @@ class S3:
         An agent of an earlier life that still uploads is fenced: it could not commit what it completes.
         """
         count = 0
-        for upload in self._uploads(f"{self._prefix}/{layout.CHECKPOINTS}/".lstrip("/")):
+        for upload in self._uploads(self._key(f"{layout.CHECKPOINTS}/")):
             folder = upload["Key"].removeprefix(f"{self._prefix}/".lstrip("/")).split("/")
             name = CheckpointName.parse(folder[1]) if folder[0] == layout.CHECKPOINTS else None
             if name is not None and name.incarnation < before_incarnation:
-                which = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                self.call(lambda: self._fs.call_s3("abort_multipart_upload", **which))  # noqa: B023
+                self._abort(upload["Key"], upload["UploadId"])
                 count += 1
         return count
+
+    def begin_upload(self, path: str) -> str:
+        """Begin an upload in parts to `path`, relative to the folder, and return its id."""
+        which = {"Bucket": self._bucket, "Key": self._key(path)}
+        return str(self.call(lambda: self._fs.call_s3("create_multipart_upload", **which))["UploadId"])
+
+    def unfinished_uploads(self, path: str) -> list[str]:
+        """The ids of the uploads to `path` that have not ended."""
+        return [upload["UploadId"] for upload in self._uploads(self._key(path))]
+
+    def abort_upload(self, path: str, upload_id: str) -> None:
+        """Forget an upload in parts."""
+        self._abort(self._key(path), upload_id)
+
+    def complete_upload(self, path: str, upload_id: str) -> None:
+        """End an upload in parts that has none yet, with a byte in it."""
+        which = {"Bucket": self._bucket, "Key": self._key(path), "UploadId": upload_id}
+        part = self.call(lambda: self._fs.call_s3("upload_part", **which, PartNumber=1, Body=b"\0"))
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        self.call(lambda: self._fs.call_s3("complete_multipart_upload", **which, MultipartUpload=parts))
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or all below a folder; neither need be there. Raises OSError for what the store kept.
+
+        s3fs's own takes the refusal of single names for success: a manifest that stays would lose its files.
+        """
+        root = self._key(path)
+        keys = [found.partition("/")[2] for found in self._fs.find(f"{self._bucket}/{root}")]
+        keys = [key for key in keys if key == root or key.startswith(f"{root}/")]
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            names = {"Objects": [{"Key": key} for key in keys[start : start + _KEYS_AT_ONCE]], "Quiet": True}
+            kept = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=names).get("Errors", [])
+            if kept:
+                kind = PermissionError if kept[0]["Code"] in _DENIED else OSError
+                raise kind(f"{kept[0]['Code']}: {kept[0]['Key']} and {len(kept) - 1} more stay")
+
+    def delete_file(self, path: str) -> None:
+        """Delete one file by its name, which needs no listing; it may be gone already."""
+        self.call(lambda: self._fs.call_s3("delete_object", Bucket=self._bucket, Key=self._key(path)))
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}".lstrip("/")
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        which = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
+        self.call(lambda: self._fs.call_s3("abort_multipart_upload", **which))
 
     def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
         marks: dict[str, str] = {}

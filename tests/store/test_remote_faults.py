@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from spot_core.errors import TierDeniedError, TierError
-from spot_core.store import layout
+from spot_core.store import layout, s3
 from spot_core.store.layout import CheckpointName
 from spot_core.store.remote import FsspecTier
 from spot_core.store.s3 import CHECKSUM, PART_BYTES, with_defaults
@@ -224,6 +224,35 @@ def test_a_store_that_does_not_list_uploads_is_told_quietly(
     with caplog.at_level(logging.INFO):
         assert tier.sweep_uploads(before_incarnation=3) == 0
     assert [record.levelname for record in caplog.records if "ListBucketMultipartUploads" in record.message] == ["INFO"]
+
+
+# -- deleting ----------------------------------------------------------------------------------------------------
+
+KEPT = "<?xml version='1.0'?><DeleteResult><Error><Key>team/run/a/b</Key><Code>{}</Code></Error></DeleteResult>"
+
+
+@pytest.mark.parametrize(("code", "kind"), [("AccessDenied", TierDeniedError), ("InternalError", TierError)])
+def test_a_store_that_keeps_single_files_is_heard(
+    tier: FsspecTier, proxy: FaultProxy, code: str, kind: type[TierError]
+) -> None:
+    """A policy or an object lock: the answer is 200, and names in its body what was not deleted."""
+    tier.create("a/b", b"1")
+    proxy.chooses = lambda request: Fault(status=200, body=KEPT.format(code)) if "?delete" in request.path else None
+    with pytest.raises(TierError, match=f"{code}: team/run/a/b") as caught:
+        tier.delete(["a"])
+    assert type(caught.value) is kind
+    proxy.chooses = lambda request: None
+    assert tier.read("a/b") == b"1"
+
+
+def test_a_folder_of_more_files_than_one_request_takes_is_deleted_whole_and_nothing_beside_it(
+    tier: FsspecTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_KEYS_AT_ONCE", 3)
+    for name in (*(f"a/{number}" for number in range(7)), "a2/0", "b"):
+        tier.create(name, b"1")
+    tier.delete(["a", "b", "not-there"])
+    assert (tier.list(""), tier.list("a"), tier.list("a2")) == (["a2"], [], ["0"])
 
 
 # -- checksums and options ---------------------------------------------------------------------------------------
