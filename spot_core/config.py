@@ -10,23 +10,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import types
+import signal
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spot_core.environment import ENV_PREFIX, parse, storage_options_from
 from spot_core.errors import ConfigError, check, shown
 from spot_core.keys import check_keys, read_keys, signing_keys_from
 
-ENV_PREFIX = "SPOT_"
-STORAGE_OPTIONS = "SPOT_STORAGE_OPTIONS"
 # Set by no variable of their own name: they hold secrets.
 _SECRETS = frozenset({"storage_options", "signing_keys"})
 
 # Of which one at most can be given.
 _WAYS_TO_PIN = {"interval_s", "interval_steps"}
+# Whose notices can be watched for.
+_CLOUDS = ("aws", "gcp", "azure")
 # One a second: more is not a rate of losses.
 _MOST_PER_HOUR = 3600
 
@@ -60,8 +61,15 @@ class SpotConfig:
     keep_local, keep_remote: newest checkpoints kept on each tier.
     keep_every: on the remote, the first checkpoint at or after each multiple of so many steps stays for good,
         besides the newest. None: only the newest stay.
-    grace_s: seconds between the termination signal and the kill.
+    signals: what announces a preemption, names with commas in between: "SIGTERM,SIGUSR1".
+    grace_s: seconds between such a signal and the kill.
+    notice: whose metadata service is asked for notices: "auto" for that of the cloud this instance is of, "off", or
+        names with commas in between: "aws,gcp,azure".
+    notice_lead_s: seconds from a notice that names no time to the end. None: 30 on gcp, else grace_s.
+    notice_file: a file that announces a preemption by being there. None: no file does.
+    notice_webhook: "127.0.0.1:8099", where the agent takes POST /notice. None: nowhere.
     preempt_exit_code: exit code of a preempted run; never 0 or 137.
+    on_preempt: "exit", or "return" for notebooks: training returns to its caller and the process lives on.
     resume: False starts afresh although checkpoints exist.
     start_timeout_s: how long an unreachable remote is tried at start before giving up.
     drain_timeout_s: how long the end of training waits for the remote before it says so and returns.
@@ -86,8 +94,14 @@ class SpotConfig:
     keep_local: int = 2
     keep_remote: int = 2
     keep_every: int | None = None
+    signals: str = "SIGTERM"
     grace_s: float = 25.0
+    notice: str = "auto"
+    notice_lead_s: float | None = None
+    notice_file: str | None = None
+    notice_webhook: str | None = None
     preempt_exit_code: int = 75
+    on_preempt: str = "exit"
     resume: bool = True
     start_timeout_s: float = 60.0
     drain_timeout_s: float = 600.0
@@ -120,6 +134,7 @@ class SpotConfig:
             self.preempt_exit_code,
             "1 to 255 and not 137: 0 would make a preempted run look finished, 137 like one killed for memory",
         )
+        self._check_notice(seconds)
         for name in ("resume", "trainable_only"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(_is_plain(self.storage_options), "storage_options", "…", "a mapping of plain (JSON) values for fsspec")
@@ -169,6 +184,39 @@ class SpotConfig:
             "the URL of a folder, s3://bucket/fleet, or None",
         )
 
+    def _check_notice(self, seconds: str) -> None:
+        for signum in _names(self.signals):
+            check(
+                signum in signal.Signals.__members__ and signum not in {"SIGKILL", "SIGSTOP"},
+                "signals",
+                self.signals,
+                'names of signals that can be caught, with commas in between: "SIGTERM,SIGUSR1"',
+            )
+        check(
+            self.notice in {"auto", "off"} or set(_names(self.notice)) <= set(_CLOUDS),
+            "notice",
+            self.notice,
+            f'"auto", "off", or names out of {", ".join(_CLOUDS)} with commas in between',
+        )
+        lead_s, file = self.notice_lead_s, self.notice_file
+        check(lead_s is None or _is_positive(lead_s), "notice_lead_s", lead_s, f"{seconds}, or None")
+        check(
+            file is None or (isinstance(file, str) and bool(file)), "notice_file", file, "the path of a file, or None"
+        )
+        host, _, port = self.notice_webhook.rpartition(":") if isinstance(self.notice_webhook, str) else ("", "", "")
+        check(
+            self.notice_webhook is None or (bool(host) and port.isdecimal() and 0 < int(port) < 65536),
+            "notice_webhook",
+            self.notice_webhook,
+            "an address and a port, 127.0.0.1:8099, or None",
+        )
+        check(self.on_preempt in {"exit", "return"}, "on_preempt", self.on_preempt, '"exit" or "return"')
+
+    @property
+    def signal_numbers(self) -> tuple[signal.Signals, ...]:
+        """The signals that announce a preemption."""
+        return tuple(signal.Signals[name] for name in _names(self.signals))
+
     def _check_local(self) -> None:
         if self.local is None:
             return
@@ -202,7 +250,7 @@ class SpotConfig:
             raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(option_names())}")
         hints = typing.get_type_hints(cls)
         texts = {name: environ.get(ENV_PREFIX + name.upper(), "").strip() for name in option_names()}
-        given = {name: _parse(name, text, hints[name]) for name, text in texts.items() if text}
+        given = {name: parse(name, text, hints[name]) for name, text in texts.items() if text}
         merged = {name: value for name, value in options.items() if value is not None}
         if _WAYS_TO_PIN & given.keys():
             merged = {name: value for name, value in merged.items() if name not in _WAYS_TO_PIN}
@@ -216,6 +264,8 @@ class SpotConfig:
         for name in ("remote", "fleet"):
             if name in merged:
                 merged[name] = absolute_url(str(merged[name]))
+        if isinstance(merged.get("notice_file"), str) and merged["notice_file"]:
+            merged["notice_file"] = str(Path(merged["notice_file"]).expanduser().absolute())
         merged["local"] = str(Path(merged.get("local") or nvme_mount() or fallback_local).expanduser().absolute())
         return cls(**merged)
 
@@ -223,23 +273,6 @@ class SpotConfig:
 def option_names() -> list[str]:
     """Fields that an environment variable sets over the argument: all but those that hold secrets."""
     return [f.name for f in dataclasses.fields(SpotConfig) if f.name not in _SECRETS]
-
-
-def storage_options_from(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON object in `SPOT_STORAGE_OPTIONS`, empty if it is not set.
-
-    Raises ConfigError, which never repeats the value: it may hold secrets.
-    """
-    text = environ.get(STORAGE_OPTIONS, "").strip()
-    try:
-        options = json.loads(text or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f'{STORAGE_OPTIONS} is not valid: it must be a JSON object, such as {{"key": "…", "secret": "…"}}'
-        )
-    return options
 
 
 def run_name(url: str) -> str:
@@ -266,6 +299,11 @@ def nvme_mount() -> Path | None:
     return None
 
 
+def _names(text: object) -> list[str]:
+    """What stands between commas; one empty name for what is no text, so that it is refused like a wrong name."""
+    return [name.strip() for name in text.split(",")] if isinstance(text, str) else [""]
+
+
 def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
@@ -280,24 +318,3 @@ def _is_plain(options: object) -> bool:
         return isinstance(options, Mapping) and bool(json.loads(json.dumps(dict(options))) == dict(options))
     except (TypeError, ValueError):
         return False
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    variable = ENV_PREFIX + name.upper()
-    if bool in kinds:
-        lowered = text.strip().lower()
-        if lowered not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
-            raise ConfigError(f"{variable}={text!r} is not valid: it must be true or false")
-        return lowered in {"1", "true", "yes", "on"}
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                raise ConfigError(f"{variable}={text!r} is not valid: it must be {_words(kind)}") from None
-    return text
-
-
-def _words(kind: type) -> str:
-    return "a whole number" if kind is int else "a number"

@@ -55,6 +55,10 @@ class NewerFormatError(CorruptCheckpointError):
     """A manifest of a newer format version: this release cannot tell what was committed, so it must not touch it."""
 
 
+class Preempted(SystemExit):
+    """Ends the process of a preempted run with the configured exit code. No SpotError: nobody is to catch it."""
+
+
 class DeadlineError(SpotError):
     """The time left is shorter than what the operation needs."""
 

@@ -14,10 +14,6 @@ from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 
 
-class Preempted(SystemExit):
-    """Ends the process of a preempted run with the configured exit code."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
     """What an adapter hands over at a boundary. native: the part of `files` that stock tools load.

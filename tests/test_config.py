@@ -66,8 +66,14 @@ BAD: dict[str, list[Any]] = {
     "keep_local": [0, -1, 1.5, 2.0, "2", None, True],
     "keep_remote": [0, -1, 1.5, 2.0, "2", None, True],
     "keep_every": [0, -1, 1.5, 100.0, "100", False, True, [100]],
+    "signals": ["", "TERM", "SIGKILL", "SIGTERM,", "sigterm", 15, None],
     "grace_s": [0, -1.0, float("nan"), "25", None, True],
+    "notice": ["", "on", "aws;gcp", "auto,aws", None, True],
+    "notice_lead_s": [0, -1.0, float("nan"), "30", True],
+    "notice_file": ["", 7, True],
+    "notice_webhook": ["", "8099", ":8099", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "host:http", 8099],
     "preempt_exit_code": [0, 137, 256, -9, 75.0, "75", None, True],
+    "on_preempt": ["", "stop", None, True],
     "resume": [None, "false", 0, 1, ""],
     "start_timeout_s": [0, -1.0, float("nan"), "60", None],
     "drain_timeout_s": [0, -1.0, float("nan"), "600", None],
@@ -101,8 +107,14 @@ GOOD: dict[str, list[Any]] = {
     "keep_local": [1, 100],
     "keep_remote": [1, 100],
     "keep_every": [None, 1, 1000],
+    "signals": ["SIGTERM", "SIGTERM,SIGUSR1", "SIGUSR1, SIGINT"],
     "grace_s": [0.5, 120],
+    "notice": ["auto", "off", "aws", "aws,gcp, azure"],
+    "notice_lead_s": [None, 30, 0.5],
+    "notice_file": [None, "/run/preempted"],
+    "notice_webhook": [None, "127.0.0.1:8099", "0.0.0.0:80"],
     "preempt_exit_code": [1, 75, 143, 255],
+    "on_preempt": ["exit", "return"],
     "resume": [True, False],
     "start_timeout_s": [0.1, 3600],
     "drain_timeout_s": [0.1, float("inf")],
@@ -198,6 +210,11 @@ def test_both_tiers_on_one_disk_are_allowed() -> None:
     assert resolve(remote="/data/bucket/my-run", local="/data/local").local == "/data/local"
 
 
+def test_the_message_file_is_found_from_any_working_folder(tmp_path: Path) -> None:
+    """The agent that looks for it has another one than the training."""
+    assert resolve(remote=REMOTE, notice_file="preempted").notice_file == str(tmp_path / "preempted")
+
+
 # -- where a value comes from ----------------------------------------------------------------------------------
 
 FROM_ENVIRONMENT: dict[str, tuple[str, Any]] = {
@@ -214,8 +231,14 @@ FROM_ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "keep_local": ("7", 7),
     "keep_remote": (" 8 ", 8),
     "keep_every": ("500", 500),
+    "signals": ("SIGUSR1", "SIGUSR1"),
     "grace_s": ("30", 30.0),
+    "notice": ("off", "off"),
+    "notice_lead_s": ("120", 120.0),
+    "notice_file": ("/run/preempted", "/run/preempted"),
+    "notice_webhook": ("127.0.0.1:8099", "127.0.0.1:8099"),
     "preempt_exit_code": ("99", 99),
+    "on_preempt": ("return", "return"),
     "resume": ("false", False),
     "start_timeout_s": ("5", 5.0),
     "drain_timeout_s": ("1e3", 1000.0),
@@ -236,8 +259,14 @@ ARGUMENTS: dict[str, Any] = {
     "keep_local": 1,
     "keep_remote": 1,
     "keep_every": 1,
+    "signals": "SIGTERM",
     "grace_s": 1.0,
+    "notice": "aws",
+    "notice_lead_s": 60.0,
+    "notice_file": "/argument/preempted",
+    "notice_webhook": "127.0.0.1:8000",
     "preempt_exit_code": 1,
+    "on_preempt": "exit",
     "resume": True,
     "start_timeout_s": 1.0,
     "drain_timeout_s": 1.0,

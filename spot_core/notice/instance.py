@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from spot_core.notice.metadata import LINK_LOCAL, Answer, ask, aws_metadata, body_of
+from spot_core.notice.metadata import Answer, ask, aws_metadata, azure_endpoint, body_of, gcp_endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -210,8 +210,7 @@ def _gcp_dmi(dmi: Path) -> _Found | None:
 
 
 def _gcp_service(environ: Environ, until_s: float) -> _Found:
-    host = environ.get("GCE_METADATA_HOST")
-    url = f"{f'http://{host}' if host else LINK_LOCAL}/computeMetadata/v1/instance/?recursive=true"
+    url = f"{gcp_endpoint(environ)}/computeMetadata/v1/instance/?recursive=true"
     document = _document(ask(url, headers={"Metadata-Flavor": "Google"}, until_s=until_s))
     zone = _plain(document.get("zone")).rpartition("/")[2]
     scheduling = document.get("scheduling")
@@ -231,8 +230,7 @@ def _azure_dmi(dmi: Path) -> _Found | None:
 
 
 def _azure_service(environ: Environ, until_s: float) -> _Found:
-    endpoint = (environ.get("SPOT_AZURE_METADATA_ENDPOINT") or LINK_LOCAL).rstrip("/")
-    url = f"{endpoint}/metadata/instance/compute?api-version=2021-02-01"
+    url = f"{azure_endpoint(environ)}/metadata/instance/compute?api-version=2021-02-01"
     document = _document(ask(url, headers={"Metadata": "true"}, until_s=until_s))
     return _Found(
         provider="azure",

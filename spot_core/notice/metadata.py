@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import math
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -18,14 +19,18 @@ LINK_LOCAL = "http://169.254.169.254"
 # All that is known of a GCP instance includes its owner's startup scripts: 512 KiB are allowed for those.
 _BODY_BYTES = 1 << 20
 _TOKEN_TTL_S = 21_600
+# They go into the next request.
+_ETAG = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_TOKEN = re.compile(r"[!-~]{1,1000}")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a service said; a status other than 200 is an answer too."""
+    """What a service said; a status other than 200 is an answer too. etag: of this state of what was asked for."""
 
     status: int
     body: bytes
+    etag: str | None = None
 
 
 def ask(url: str, *, headers: Mapping[str, str], until_s: float, method: str = "GET") -> Answer:
@@ -42,14 +47,14 @@ def ask(url: str, *, headers: Mapping[str, str], until_s: float, method: str = "
         try:
             connection.request(method, f"{address.path}?{address.query}".rstrip("?"), headers=dict(headers))
             response = connection.getresponse()
-            body = response.read(_BODY_BYTES + 1)
+            body, etag = response.read(_BODY_BYTES + 1), response.getheader("ETag")
         finally:
             connection.close()
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}: {error!r:.300}") from error
     if len(body) > _BODY_BYTES:
         raise OSError(f"{url} answers with more than {_BODY_BYTES} bytes")
-    return Answer(response.status, body)
+    return Answer(response.status, body, etag if etag is not None and _ETAG.fullmatch(etag) else None)
 
 
 def body_of(answer: Answer) -> bytes:
@@ -63,7 +68,7 @@ class AwsMetadata:
     """IMDSv2. Keeps the session token, and gets another when the service no longer takes it."""
 
     def __init__(self, endpoint: str = LINK_LOCAL) -> None:
-        self._endpoint = endpoint.rstrip("/")
+        self.endpoint = endpoint.rstrip("/")
         self._token: str | None = None
 
     def get(self, path: str, until_s: float) -> Answer:
@@ -74,13 +79,22 @@ class AwsMetadata:
             answer = self._get(path, until_s)
         return answer
 
+    def token_status(self, until_s: float) -> int:
+        """The status with which the service answers when it is asked for a token. Raises OSError for no answer."""
+        return self._ask_token(until_s).status
+
     def _get(self, path: str, until_s: float) -> Answer:
         if self._token is None:
-            headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_TTL_S)}
-            token = ask(f"{self._endpoint}/latest/api/token", headers=headers, until_s=until_s, method="PUT")
-            self._token = body_of(token).decode(errors="replace")
+            text = body_of(self._ask_token(until_s)).decode(errors="replace")
+            if not _TOKEN.fullmatch(text):
+                raise OSError(f"{self.endpoint} gives a token that is none: {text[:50]!r}")
+            self._token = text
         headers = {"X-aws-ec2-metadata-token": self._token}
-        return ask(f"{self._endpoint}{path}", headers=headers, until_s=until_s)
+        return ask(f"{self.endpoint}{path}", headers=headers, until_s=until_s)
+
+    def _ask_token(self, until_s: float) -> Answer:
+        headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_TTL_S)}
+        return ask(f"{self.endpoint}/latest/api/token", headers=headers, until_s=until_s, method="PUT")
 
 
 def aws_metadata(environ: Mapping[str, str]) -> AwsMetadata:
@@ -88,6 +102,17 @@ def aws_metadata(environ: Mapping[str, str]) -> AwsMetadata:
     if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         raise OSError("AWS_EC2_METADATA_DISABLED is set")
     return AwsMetadata(environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or LINK_LOCAL)
+
+
+def gcp_endpoint(environ: Mapping[str, str]) -> str:
+    """Where Google's own libraries look for the metadata server."""
+    host = environ.get("GCE_METADATA_HOST")
+    return f"http://{host}" if host else LINK_LOCAL
+
+
+def azure_endpoint(environ: Mapping[str, str]) -> str:
+    """Azure has no variable for it: the project's own serves rehearsals."""
+    return (environ.get("SPOT_AZURE_METADATA_ENDPOINT") or LINK_LOCAL).rstrip("/")
 
 
 class _Connection(http.client.HTTPConnection):

@@ -7,8 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
 
+from spot_core.notice.aws import utc_unix_s
 from spot_core.notice.instance import Instance
 from spot_core.notice.metadata import AwsMetadata, aws_metadata, body_of
 
@@ -48,6 +48,4 @@ class RebalanceHint:
         answer = self._service.get(_PATH, time.monotonic() + _PATIENCE_S)
         if answer.status == http.client.NOT_FOUND:
             return None
-        text = str(json.loads(body_of(answer))["noticeTime"])
-        # Python 3.10 does not read the Z.
-        return datetime.fromisoformat(text.removesuffix("Z")).replace(tzinfo=timezone.utc).timestamp()
+        return utc_unix_s(str(json.loads(body_of(answer))["noticeTime"]))

@@ -1,19 +1,64 @@
-"""The termination signals: a handler that only sets a flag, read at step boundaries.
+"""The termination signals: before training they end the process at once, and while it lasts they only set a flag.
 
 Handlers run between two byte codes of the main thread, possibly in the middle of a backward pass: saving there
-would store a torn state.
+would store a torn state. Further signals change nothing; Ctrl-C does what it always does, and ends training.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
-from collections.abc import Mapping
-from types import FrameType
+from collections.abc import Iterable, Mapping
+from types import FrameType, TracebackType
 from typing import Any
 
+from typing_extensions import Self
+
+from spot_core.errors import Preempted
+
 logger = logging.getLogger(__name__)
+
+
+def of_user(signals: Iterable[signal.Signals]) -> dict[signal.Signals, Any]:
+    """Each signal with the handler that is installed for it now."""
+    return {signum: signal.getsignal(signum) for signum in signals}
+
+
+class LeaveOnSignal:
+    """Until training begins nothing is at risk: a signal calls the user's handler and ends the process.
+
+    of_user: the handlers that were there, back in place in the end. received: what came meanwhile.
+    """
+
+    def __init__(self, signals: Iterable[signal.Signals], exit_code: int) -> None:
+        self._exit_code = exit_code
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self.of_user = of_user(signals)
+        self.received: set[signal.Signals] = set()
+
+    def __enter__(self) -> Self:
+        if self._is_main:
+            for signum in self.of_user:
+                signal.signal(signum, self._leave)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._is_main:
+            for signum, handler in self.of_user.items():
+                signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+    def _leave(self, signum: int, frame: FrameType | None) -> None:
+        self.received.add(signal.Signals(signum))
+        handler = self.of_user[signal.Signals(signum)]
+        if callable(handler):
+            handler(signum, frame)
+        logger.warning(
+            "preempted before the first step, nothing is lost; leaving with exit code %d, run the same command again",
+            self._exit_code,
+        )
+        raise Preempted(self._exit_code)
 
 
 class SignalWatcher:
@@ -25,33 +70,42 @@ class SignalWatcher:
         self._chained: dict[signal.Signals, Any] = {}
         self.noticed_at: float | None = None
         self.received: set[signal.Signals] = set()
+        self._end: Preempted | None = None
 
-    def install(self, chained: Mapping[signal.Signals, Any] | None = None) -> None:
-        """Take over SIGTERM, or the signals of `chained`, each with the handler that is called after ours.
+    def end_training(self, end: Preempted) -> None:
+        """Another thread: raise `end` in the main thread, at its next byte code. Nothing where no signal is watched."""
+        self._end = end
+        ours = [signum for signum in self._previous if signal.getsignal(signum) == self._on_signal]
+        if ours:
+            signal.pthread_kill(threading.main_thread().ident or 0, ours[0])
 
-        Without `chained` that is the handler that was there. Outside the main thread Python forbids to watch
-        signals, which is told once.
+    def install(self, chained: Mapping[signal.Signals, Any]) -> None:
+        """Take over the signals of `chained`, each with the handler that is called after ours.
+
+        Outside the main thread Python forbids to watch signals, which is told once.
         """
-        if chained is None:
-            chained = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
         self._chained = dict(chained)
-        for signum in self._chained:
-            try:
+        try:
+            for signum in self._chained:
                 self._previous[signum] = signal.signal(signum, self._on_signal)
-            except ValueError:
-                logger.warning(
-                    "not in the main thread: %s is not watched, a preemption will look like a kill", signum.name
-                )
+        except ValueError:
+            names = ", ".join(signum.name for signum in self._chained)
+            logger.warning("not in the main thread: %s is not watched, a preemption will look like a kill", names)
 
     def uninstall(self) -> None:
         for signum, previous in self._previous.items():
-            if signal.getsignal(signum) == self._on_signal:
+            if signal.getsignal(signum) in {self._on_signal, signal.SIG_DFL}:
                 signal.signal(signum, previous if previous is not None else signal.SIG_DFL)
         self._previous.clear()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._end is not None:
+            raise self._end
         if self.noticed_at is None:
             self.noticed_at = time.monotonic()
+            # The signal may have gone to the whole group. PyTorch then raises that a loader's worker has died, wherever
+            # this thread happens to be: in the middle of the last checkpoint, for one.
+            self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.received.add(signal.Signals(signum))
         chained = self._chained.get(signal.Signals(signum))
         if callable(chained):
