@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from spot_core.agent.journal import Progress
-from spot_core.chaos.runner import ChaosLife, ChaosReport, rehearse
+from spot_core.chaos.plan import Mode, PlannedKill, drawn_ages, planned
+from spot_core.chaos.report import ChaosLife, ChaosReport
+from spot_core.chaos.runner import rehearse
 from spot_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +28,7 @@ def test_a_command_is_killed_the_wanted_times_and_then_left_to_finish(tmp_path: 
     )
     report = rehearse(
         [sys.executable, "-c", script, str(starts)],
-        run_folder=None,
-        kill_every_s=1.0,
-        kills=3,
-        wipes=(),
-        rng=random.Random(1),
+        kills=planned(drawn_ages(1.0, random.Random(1)), most=3),
     )
     assert [life.ending for life in report.lives] == ["killed"] * 3 + ["finished"]
     assert [life.exit_code for life in report.lives] == [-9, -9, -9, 0]
@@ -41,14 +39,10 @@ def test_a_command_is_killed_the_wanted_times_and_then_left_to_finish(tmp_path: 
 def test_a_command_that_fails_by_itself_is_not_run_again() -> None:
     report = rehearse(
         [sys.executable, "-c", "raise SystemExit(3)"],
-        run_folder=None,
-        kill_every_s=60.0,
-        kills=3,
-        wipes=(),
-        rng=random.Random(1),
+        kills=planned(drawn_ages(60.0, random.Random(1)), most=3),
     )
     assert report.failed_code == 3
-    assert len(report.lives) == 1
+    assert [life.ending for life in report.lives] == ["failed"]
 
 
 def test_lost_steps_are_those_a_later_life_repeats() -> None:
@@ -64,7 +58,7 @@ def test_lost_steps_are_those_a_later_life_repeats() -> None:
 
 def test_wiping_needs_a_folder_to_wipe() -> None:
     with pytest.raises(ConfigError, match="--local"):
-        rehearse(["true"], run_folder=None, kill_every_s=1.0, kills=1, wipes=(1,), rng=random.Random(1))
+        rehearse(["true"], kills=[PlannedKill(kill_at_s=1.0, mode=Mode.INSTANCE)])
 
 
 def test_a_loop_of_ones_own_survives_the_rehearsal_bit_for_bit(tmp_path: Path) -> None:
