@@ -1,4 +1,4 @@
-"""What the cadence costs a training step: a look in most steps, a whole decision now and then, and the record's size.
+"""What cadence and notices cost a step: a look in most steps, a whole decision now and then, the record's size.
 
 python benchmarks/decision.py
 """
@@ -14,6 +14,10 @@ from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import End, Evidence, LifeSpan
 from spot_core.cadence.interval import Costs
 from spot_core.cadence.record import CadenceRecord
+from spot_core.emergency import EmergencyPath
+from spot_core.handover import Capture
+from spot_core.notice.signals import SignalWatcher
+from spot_core.stand_in import StandIn
 
 _LOOKS, _REPEATS = 20_000, 5
 
@@ -34,12 +38,31 @@ def per_step_us(lives: int) -> tuple[float, float, int]:
     return 1e6 * looks_s / _LOOKS, 1e7 * whole_s / _LOOKS, size
 
 
+def watching_us() -> float:
+    """Microseconds that a step spends on notices while none has come: rest, move, and the look at the boundary."""
+    path, signals = EmergencyPath(25.0), SignalWatcher()
+    stand_in = StandIn(lambda _: None, signals, may_exit=False)
+
+    def step() -> None:
+        stand_in.rests(lambda: _unused())
+        stand_in.moves()
+        with stand_in:
+            path.at_boundary(None, signals.noticed_at, costs=lambda: (1.0, 1.0), is_durable=lambda _: False)
+
+    return 1e6 * min(timeit.repeat(step, number=_LOOKS, repeat=_REPEATS)) / _LOOKS
+
+
+def _unused() -> Capture:
+    raise AssertionError("nothing was announced")
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{'lives':>6} {'a step, µs':>11} {'a decision, µs':>15} {'record, bytes':>14}")
     for lives in (0, 10, 1_000, 100_000):
         step_us, whole_us, size = per_step_us(lives)
         print(f"{lives:6} {step_us:11.2f} {whole_us:15.1f} {size:14}")
+    print(f"\nwatching for notices: {watching_us():.2f} µs a step")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,24 @@ class SpotArguments:
     spot_keep_every: int | None = field(
         default=None, metadata={"help": "Steps; the first checkpoint at or after each multiple stays on the remote"}
     )
-    spot_grace_s: float = field(default=25.0, metadata={"help": "Seconds between SIGTERM and the kill"})
+    spot_signals: str = field(
+        default="SIGTERM", metadata={"help": "What announces a preemption, names with commas: SIGTERM,SIGUSR1"}
+    )
+    spot_grace_s: float = field(default=25.0, metadata={"help": "Seconds between such a signal and the kill"})
+    spot_notice: str = field(
+        default="auto", metadata={"help": "Clouds asked for notices: auto for this one, off, or aws,gcp,azure"}
+    )
+    spot_notice_lead_s: float | None = field(
+        default=None, metadata={"help": "Seconds from a notice that names no time to the end"}
+    )
+    spot_notice_file: str | None = field(
+        default=None, metadata={"help": "A file that announces a preemption by being there"}
+    )
+    spot_notice_webhook: str | None = field(
+        default=None, metadata={"help": "Address and port where POST /notice announces one, 127.0.0.1:8099"}
+    )
     spot_preempt_exit_code: int = field(default=75, metadata={"help": "Exit code of a preempted run"})
+    spot_on_preempt: str = field(default="exit", metadata={"help": "What a preempted run does: exit, or return"})
     spot_signing_key_file: str | None = field(
         default=None, metadata={"help": "File with the keys that sign this run's manifests, one a line, newest first"}
     )
@@ -66,8 +82,14 @@ class SpotArguments:
                 keep_local=self.spot_keep_local,
                 keep_remote=self.spot_keep_remote,
                 keep_every=self.spot_keep_every,
+                signals=self.spot_signals,
                 grace_s=self.spot_grace_s,
+                notice=self.spot_notice,
+                notice_lead_s=self.spot_notice_lead_s,
+                notice_file=self.spot_notice_file,
+                notice_webhook=self.spot_notice_webhook,
                 preempt_exit_code=self.spot_preempt_exit_code,
+                on_preempt=self.spot_on_preempt,
                 signing_key_file=self.spot_signing_key_file,
             )
         ]

@@ -9,7 +9,9 @@ done, so that a resume neither repeats nor skips it.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,6 +29,8 @@ from spot_core.snapshot import rng
 
 logger = logging.getLogger(__name__)
 
+_CUT_OFF = "the evaluation of step {} was cut off by a preemption and is not repeated"
+
 
 class SpotCallback(TrainerCallback):  # type: ignore[misc]
     """Makes `trainer.train()` survive preemption: add it to `callbacks`, run the same command again.
@@ -39,9 +43,14 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     prior_per_hour: losses of the instance an hour to expect before any were seen. fleet: folder where many runs pool
         what their lives taught. max_runtime_s: when this process will be ended from outside, if that is known.
     keep_local, keep_remote: newest checkpoints kept on each tier. keep_every: on the remote, the first one at or
-        after each multiple of so many steps stays for good. grace_s: seconds from SIGTERM to the kill.
-    preempt_exit_code: how a preempted run exits. storage_options: for the remote's fsspec file system.
-    signing_key_file: keys that sign this run's manifests, one a line; or SPOT_SIGNING_KEY.
+        after each multiple of so many steps stays for good.
+    signals: what announces a preemption, "SIGTERM,SIGUSR1". grace_s: seconds from there to the kill.
+    notice: clouds asked for notices, "auto" for this one, "off", or "aws,gcp,azure". notice_lead_s: seconds from a
+        notice that names no time to the end. notice_file: a file that announces by being there. notice_webhook:
+        "127.0.0.1:8099", where POST /notice does.
+    preempt_exit_code: how a preempted run exits. on_preempt: "exit", or "return" for notebooks.
+    storage_options: for the remote's fsspec file system. signing_key_file: keys that sign this run's manifests, one a
+        line; or SPOT_SIGNING_KEY.
 
     `train(resume_from_checkpoint=False)` starts afresh, an explicit path wins over what is stored.
     Every option can be set by the environment, SPOT_<OPTION>, which wins. Raises ConfigError on a bad option.
@@ -63,8 +72,14 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         keep_local: int = 2,
         keep_remote: int = 2,
         keep_every: int | None = None,
+        signals: str = "SIGTERM",
         grace_s: float = 25.0,
+        notice: str = "auto",
+        notice_lead_s: float | None = None,
+        notice_file: str | None = None,
+        notice_webhook: str | None = None,
         preempt_exit_code: int = 75,
+        on_preempt: str = "exit",
         start_timeout_s: float = 60.0,
         drain_timeout_s: float = 600.0,
         storage_options: Mapping[str, Any] | None = None,
@@ -84,14 +99,21 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             "keep_local": keep_local,
             "keep_remote": keep_remote,
             "keep_every": keep_every,
+            "signals": signals,
             "grace_s": grace_s,
+            "notice": notice,
+            "notice_lead_s": notice_lead_s,
+            "notice_file": notice_file,
+            "notice_webhook": notice_webhook,
             "preempt_exit_code": preempt_exit_code,
+            "on_preempt": on_preempt,
             "start_timeout_s": start_timeout_s,
             "drain_timeout_s": drain_timeout_s,
             "storage_options": storage_options,
             "signing_key_file": signing_key_file,
         }
         self.config(output_dir=".")  # a bad option is an error here, not hours later
+        self.is_preempted = False  # `train()` was ended by a preemption, and returned since on_preempt is "return"
         self._session: Session | None = None
         self._trainer: Trainer | None = None
         self._live: LiveState | None = None  # set while training is being checkpointed
@@ -105,9 +127,16 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
 
     # -- called by the wrapped Trainer.train ---------------------------------------------------------------
 
-    def attach(self, trainer: Trainer, session: Session, restored: resume.Restored | None) -> None:
-        """A `train()` call begins. restored: what the Trainer is about to load, if it is one of ours."""
-        self._trainer, self._session, self._restored = trainer, session, restored
+    def attach(
+        self,
+        trainer: Trainer,
+        session: Session,
+        restored: resume.Restored | None,
+        signals: Mapping[signal.Signals, Any],
+    ) -> None:
+        """A `train()` call begins. restored: what the Trainer is about to load, if it is one of ours. signals: to
+        watch, with the user's handlers."""
+        self._trainer, self._session, self._restored, self._signals = trainer, session, restored, signals
         self._live, self._consumed = None, 0
         self._data, self._draws = DataPosition(), WorkerDraws()
         # Passes over a stream before this one; the Trainer takes a stream for one endless epoch.
@@ -115,6 +144,11 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._is_deferred = False
         self._has_new_best = False
         self._is_finished = False
+
+    def broke_off(self, error: RuntimeError) -> None:
+        """Training ended with an error. Raises Preempted if a signal is the cause."""
+        if self._session is not None:
+            self._session.end_if_signalled(error)
 
     def detach(self) -> None:
         """The `train()` call is over."""
@@ -146,7 +180,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._data.track(kwargs.get("train_dataloader"))
         self._draws.watch(kwargs.get("train_dataloader"))
-        session.begin(notes=self._notes(args))
+        session.begin(notes=self._notes(args), signals=self._signals)
         self._live = live
 
     def on_epoch_begin(
@@ -172,6 +206,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self._live is None or self._session is None:
             return
+        self._session.moves()
         self._data.settle()
         self._session.step_started()
         if self._is_deferred:
@@ -201,6 +236,22 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._is_deferred = control.should_log or control.should_evaluate or control.should_save or ends
         if not self._is_deferred:
             self._boundary(state)
+        if control.should_evaluate:
+            self._rest_in_evaluation(state)
+        elif not control.should_save and not ends:
+            self._session.rests(lambda: self._capture(state))  # while the next step's batches are fetched
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._live is not None and control.should_evaluate:
+            self._rest_in_evaluation(state)
+
+    def _rest_in_evaluation(self, state: TrainerState) -> None:
+        assert self._session is not None
+        content = self._capture(state)
+        content = replace(content, notes=(*content.notes, _CUT_OFF.format(state.global_step)))
+        self._session.rests(lambda: content)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The best model lives in output_dir, which dies with the instance: commit this very step.

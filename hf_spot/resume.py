@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from transformers.trainer_utils import TrainOutput
 from hf_spot.identity import check_supported, device_of, run_identity, versions
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
-from spot_core.errors import ConfigError
+from spot_core.config import SpotConfig
+from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint, expected_bytes
+from spot_core.notice.signals import LeaveOnSignal
 from spot_core.report import loggers
 from spot_core.session import Session
 from spot_core.store import layout
@@ -89,8 +92,29 @@ def _train(
     original: Callable[[str | bool | None], TrainOutput],
 ) -> TrainOutput:
     check_supported(trainer)
+    config = callback.config(trainer.args.output_dir)
+    callback.is_preempted = False
+    with LeaveOnSignal(config.signal_numbers, config.preempt_exit_code) as signals:
+        try:
+            return _train_protected(callback, trainer, config, signals.of_user, wanted, original)
+        except Preempted:
+            callback.is_preempted = True
+            if config.on_preempt == "exit":
+                raise
+            return TrainOutput(trainer.state.global_step, float("nan"), {})
+
+
+def _train_protected(
+    callback: SpotCallback,
+    trainer: Trainer,
+    config: SpotConfig,
+    signals: Mapping[signal.Signals, Any],
+    wanted: str | bool | None,
+    original: Callable[[str | bool | None], TrainOutput],
+) -> TrainOutput:
     is_explicit = isinstance(wanted, (str, os.PathLike))
-    session, base_fingerprint = _open(callback, trainer, is_resumed=wanted is not False and not is_explicit)
+    is_resumed = wanted is not False and not is_explicit
+    session, base_fingerprint = _open(replace(config, resume=config.resume and is_resumed), trainer)
     error: BaseException | None = None
     skips_data = trainer.args.ignore_data_skip
     try:
@@ -102,7 +126,7 @@ def _train(
         if restored is not None and restored.own["stream_passes"] > 0:
             # Skipping what was read in all passes would exhaust the first one and end training early.
             trainer.args.ignore_data_skip = True
-        callback.attach(trainer, session, restored)
+        callback.attach(trainer, session, restored, signals)
         if is_explicit:
             logger.info("resume_from_checkpoint=%s was given and wins over what is stored", wanted)
         try:
@@ -111,6 +135,8 @@ def _train(
             return _finished_output(trainer)
     except BaseException as caught:
         error = caught
+        if isinstance(caught, RuntimeError):
+            callback.broke_off(caught)
         raise
     finally:
         trainer.args.ignore_data_skip = skips_data
@@ -118,11 +144,8 @@ def _train(
         session.close(error)
 
 
-def _open(callback: SpotCallback, trainer: Trainer, *, is_resumed: bool) -> tuple[Session, str | None]:
+def _open(config: SpotConfig, trainer: Trainer) -> tuple[Session, str | None]:
     """The session, and the fingerprint of the model's frozen base if it has one."""
-    config = callback.config(trainer.args.output_dir)
-    if not is_resumed:
-        config = replace(config, resume=False)
     identity, base_fingerprint = run_identity(trainer)
     trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
     session = Session.open(

@@ -41,8 +41,14 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         keep_local: Checkpoints kept on this instance.
         keep_remote: Checkpoints kept on the remote.
         keep_every: Steps; the first checkpoint at or after each multiple stays on the remote for good.
-        grace_s: Seconds between SIGTERM and the kill.
+        signals: What announces a preemption, names with commas in between, SIGTERM,SIGUSR1.
+        grace_s: Seconds between such a signal and the kill.
+        notice: Clouds asked for notices, auto for the one this runs on, off, or names, aws,gcp,azure.
+        notice_lead_s: Seconds from a notice that names no time to the end.
+        notice_file: A file that announces a preemption by being there.
+        notice_webhook: Address and port where POST /notice announces one, 127.0.0.1:8099.
         preempt_exit_code: How a preempted run exits.
+        on_preempt: What a preempted run does, exit, or return for notebooks.
         resume: False starts afresh although checkpoints exist.
         start_timeout_s: Seconds for which an unreachable remote is tried at start.
         drain_timeout_s: Seconds for which the end of training waits for the remote.
@@ -67,8 +73,14 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         keep_local: int = 2,
         keep_remote: int = 2,
         keep_every: int | None = None,
+        signals: str = "SIGTERM",
         grace_s: float = 25.0,
+        notice: str = "auto",
+        notice_lead_s: float | None = None,
+        notice_file: str | None = None,
+        notice_webhook: str | None = None,
         preempt_exit_code: int = 75,
+        on_preempt: str = "exit",
         resume: bool = True,
         start_timeout_s: float = 60.0,
         drain_timeout_s: float = 600.0,
@@ -90,8 +102,14 @@ class SpotCallback(_Callback):  # type: ignore[misc]
             "keep_local": keep_local,
             "keep_remote": keep_remote,
             "keep_every": keep_every,
+            "signals": signals,
             "grace_s": grace_s,
+            "notice": notice,
+            "notice_lead_s": notice_lead_s,
+            "notice_file": notice_file,
+            "notice_webhook": notice_webhook,
             "preempt_exit_code": preempt_exit_code,
+            "on_preempt": on_preempt,
             "resume": resume,
             "start_timeout_s": start_timeout_s,
             "drain_timeout_s": drain_timeout_s,
@@ -102,6 +120,7 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         self.is_from_environment = False  # added by the entry point, not by the script
         self.suffix = ""  # of the run's name, where the environment names one run for several Trainers
         self.protected: ProtectedFit | None = None  # while `fit` runs
+        self.is_preempted = False  # `fit` was ended by a preemption, and returned since on_preempt is "return"
         install()
         try:
             self.config(".")  # a bad option is an error here, not hours later
@@ -129,6 +148,10 @@ class SpotCallback(_Callback):  # type: ignore[misc]
                 "SpotCallback was not told that training starts. Give it to the Trainer, not to configure_callbacks, "
                 "and train with trainer.fit()."
             )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.protected is not None:
+            self.protected.batch_fetched()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.protected is not None:

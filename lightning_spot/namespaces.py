@@ -45,7 +45,8 @@ def is_a(thing: object, kind: str) -> bool:
 @functools.cache
 def _classes(kind: str, names: tuple[str, ...]) -> tuple[type, ...]:
     module, _, name = kind.rpartition(".")
-    return tuple(getattr(importlib.import_module(f"{each}.{module}"), name) for each in names)
+    modules = (importlib.import_module(f"{each}.{module}") for each in names)
+    return tuple(getattr(each, name) for each in modules if hasattr(each, name))  # older releases lack some
 
 
 def is_own(code: type | Callable[..., Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_spot import best_model, trackers
+from lightning_spot import best_model, trackers, weights
 from lightning_spot.identity import run_identity, versions
 from lightning_spot.metrics import PendingMetrics
 from lightning_spot.namespaces import is_own
@@ -27,6 +27,7 @@ from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.handover import Capture, ResumePoint, expected_bytes
 from spot_core.session import Session
 from spot_core.snapshot import rng
+from spot_core.snapshot.rng import RngState
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +143,32 @@ class ProtectedFit:
             self._loaders.settle()
         if self._is_due and not self._is_base_verified:
             self._verify_base(self._session)
-        if self._is_due and not self._is_too_early():
+        is_boundary = self._is_due and not self._is_too_early()
+        if is_boundary:
             self._boundary(self._session)
         if self._loaders.is_stateful_ahead:
             states = self._trainer.fit_loop._combined_loader._state_dicts()
             self._before_fetch = BeforeFetch(states, rng.capture(with_devices=False))
         self._session.step_started()
+        if is_boundary and self._trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+            self._rest_while_fetching(self._session)
+
+    def _rest_while_fetching(self, session: Session) -> None:
+        assert self._loaders is not None
+        if not self._loaders.fetches_ahead:
+            # A loader without workers draws here, in the middle of the rest.
+            step = rng.capture(with_devices=False) if self._loaders.fetches_here else None
+            session.rests(lambda: self._capture(is_end=False, step=step))
+
+    def batch_fetched(self) -> None:
+        """The training step begins."""
+        if self._live is not None and self._session is not None:
+            self._session.moves()
+
+    def broke_off(self, error: RuntimeError) -> None:
+        """Training ended with an error. Raises Preempted if a signal is the cause."""
+        if self._session is not None:
+            self._session.end_if_signalled(error)
 
     def _is_too_early(self) -> bool:
         """Whether loaders that keep their own position have given the epoch's first batch, and no state from before."""
@@ -184,6 +205,11 @@ class ProtectedFit:
         if self._live is not None and self._session is not None:
             self._session.before_optimizer_step()
             self._session.pause()
+            if self._is_due and not self._is_too_early() and weights.rest_in_validation(self._trainer):
+                content = self._capture(is_end=False)
+                cut_off = f"the validation of step {content.step} was cut off by a preemption and is not repeated"
+                content = replace(content, notes=(*content.notes, cut_off))
+                self._session.rests(lambda: content)
 
     def epoch_ends(self) -> None:
         """The running iteration of the loaders is over."""
@@ -251,13 +277,15 @@ class ProtectedFit:
         module = self._trainer.lightning_module
         return module.automatic_optimization and not _overrides(module, "optimizer_step")
 
-    def _capture(self, *, is_end: bool) -> Capture:
+    def _capture(self, *, is_end: bool, step: RngState | None = None) -> Capture:
+        """step: the random state of the boundary, but for devices; None if nothing was drawn since."""
         assert self._live is not None and self._loaders is not None
         trainer = self._trainer
         if is_end:
             self._loaders.epoch_ends()
         batches = 0 if is_end else trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        step = rng.capture()
+        now = rng.capture()
+        step = now if step is None else replace(step, devices=now.devices)
         before_fetch = None if is_end else self._before_fetch
         position = Position(batches, is_end, self._loaders.state(batches, step), step, before_fetch)
         native = f"step-{trainer.global_step}.ckpt"

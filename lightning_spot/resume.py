@@ -23,8 +23,8 @@ from lightning_spot.namespaces import is_a, loaded
 from lightning_spot.protected_fit import ProtectedFit
 from lightning_spot.signals import FitSignals
 from lightning_spot.state import begin_epoch, read_native, read_own_state
-from spot_core.errors import ConfigError
-from spot_core.handover import Preempted, ResumePoint
+from spot_core.errors import ConfigError, Preempted
+from spot_core.handover import ResumePoint
 from spot_core.report.log import make_visible
 
 if TYPE_CHECKING:
@@ -83,22 +83,35 @@ def _fit(callback: SpotCallback, trainer: Any, wanted: Any, original: Callable[[
     name_run(callback)
     config = callback.config(trainer.default_root_dir)
     error: BaseException | None = None
-    with FitSignals(trainer, config.preempt_exit_code) as signals:
+    callback.is_preempted = False
+    with FitSignals(trainer, config.signal_numbers, config.preempt_exit_code) as signals:
         callback.protected = protected = ProtectedFit(trainer, config, signals.of_user)
         try:
             if wanted is None:
                 trackers.resume(trainer, config)
             with _seams(protected, trainer, wanted):
-                original()
+                _run(protected, original)
                 protected.returned()
         except BaseException as caught:
             error = caught
-            if isinstance(caught, Preempted):
-                signals.requeue_if_announced(protected.received_signals)
-            raise
+            if not isinstance(caught, Preempted):
+                raise
+            callback.is_preempted = True
+            signals.requeue_if_announced(protected.received_signals)
+            if config.on_preempt == "exit":
+                raise
         finally:
             callback.protected = None
             protected.close(error)
+
+
+def _run(protected: ProtectedFit, call: Callable[..., None], *args: Any) -> None:
+    """Call, with the end that a signal to the loader's workers brings taken for what it is."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        protected.broke_off(error)
+        raise
 
 
 @contextlib.contextmanager
@@ -123,7 +136,7 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
 
     def advance(original: Callable[[Any], None], fetcher: Any) -> None:
         protected.before_batch(fetcher)
-        original(fetcher)
+        _run(protected, original, fetcher)
         protected.after_batch()
 
     def search(original: Callable[..., None], *args: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_spot.namespaces import is_a, is_own
 from spot_core.errors import ConfigError
 from spot_core.snapshot import fingerprint
 
@@ -126,3 +127,17 @@ def complete(checkpoint: MutableMapping[str, Any], live: Mapping[str, Any], abse
 def _mark(parameter: torch.nn.Parameter) -> tuple[int, int]:
     """Changes when the parameter is written to in place, or given other memory."""
     return parameter.data_ptr(), parameter._version
+
+
+def rest_in_validation(trainer: Any) -> bool:
+    """Whether the module's weights are those of training while it validates: averages take their place for the time.
+
+    Callbacks that are not Lightning's, or the module's own hooks, may do the same.
+    """
+    for owner in (trainer.lightning_module, *trainer.callbacks):
+        if is_a(owner, "callbacks.WeightAveraging") or is_a(owner, "callbacks.StochasticWeightAveraging"):
+            return False
+        for hook in ("on_validation_start", "on_validation_epoch_start"):
+            if not is_own(getattr(type(owner), hook)) and not type(owner).__module__.startswith("lightning_spot"):
+                return False
+    return True

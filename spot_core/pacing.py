@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from spot_core.agent.client import OpenedRun
 from spot_core.agent.lives import Life, spans_of
 from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import Evidence, usual_per_hour
-from spot_core.cadence.interval import Costs, Limits
+from spot_core.cadence.interval import COPIED_BYTES_PER_S, MARGIN_S, Costs, Limits
 from spot_core.cadence.record import CadenceRecord
 from spot_core.config import SpotConfig
 from spot_core.notice.instance import Instance, wall_unix_s
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # An interval that has moved by this factor since it was last told is told again.
 _TOLD_AGAIN = 1.25
-# What one thread copies in a second, until a stall was measured.
-_COPIED_BYTES_PER_S = 2e9
+# Checkpoints whose costs tell how dear one may be.
+_REMEMBERED = 20
 # The first generation of Google's preemptible instances ends after a day, and does not tell itself apart.
 _PREEMPTIBLE_S = {"gcp": 24 * 3600.0}
 
@@ -57,6 +58,8 @@ class Pacer:
         self._hinted_unix_s: float | None = None
         self._last: float | None = None  # when the step being timed began, None in a pause
         self._take_s: float | None = None  # stall of a snapshot whose gate is still to come
+        self._stalls: deque[float] = deque(maxlen=_REMEMBERED)
+        self._uploads: deque[float] = deque(maxlen=_REMEMBERED)
         self._steps = 0
         self._pending_s = 0.0
         self._told_s: float | None = None
@@ -78,6 +81,20 @@ class Pacer:
         )
 
     @property
+    def rescue_s(self) -> float:
+        """Seconds until a checkpoint taken now is durable on the remote: what 9 of 10 took at most, and a margin."""
+        costs = self.cadence.costs
+        return (
+            _most_of(self._stalls, costs.expected_stall_s) + _most_of(self._uploads, costs.upload_s or 0.0) + MARGIN_S
+        )
+
+    @property
+    def step_s(self) -> float:
+        """Seconds from one boundary to the next, at the slower of the usual speeds."""
+        costs = self.cadence.costs
+        return max(costs.idle_step_s or 0.0, costs.busy_step_s or 0.0)
+
+    @property
     def useful_s(self) -> float:
         """Seconds of training in all lives that led here."""
         return self._useful_before_s + self._useful_s
@@ -94,6 +111,7 @@ class Pacer:
     def gate_passed(self, waited_s: float) -> None:
         """The optimizer waited so long for a snapshot, if one is being taken."""
         if self._take_s is not None:
+            self._stalls.append(self._take_s + waited_s)
             self.cadence.costs = self.cadence.costs.with_stall(self._take_s + waited_s)
             self._take_s = None
             if self._last is not None:
@@ -108,6 +126,7 @@ class Pacer:
             if self._steps > 0:  # a life's first step also compiles, allocates and fills the loader
                 costs = costs.with_step(now - self._last, is_busy=is_busy)
         for upload_s in uploads:
+            self._uploads.append(upload_s)
             costs = costs.with_upload(upload_s)
         self.cadence.costs = costs
         self._last = now
@@ -174,4 +193,9 @@ def _known_costs(lives: Sequence[Life], state_bytes: int) -> Costs:
             costs = CadenceRecord.from_json(life.cadence).cadence.costs
             if costs.stall_s is not None:
                 return Costs(stall_s=costs.stall_s, upload_s=costs.upload_s)
-    return Costs(guessed_stall_s=state_bytes / _COPIED_BYTES_PER_S)
+    return Costs(guessed_stall_s=state_bytes / COPIED_BYTES_PER_S)
+
+
+def _most_of(measured: Sequence[float], otherwise: float) -> float:
+    """What nine of ten of them do not exceed."""
+    return sorted(measured)[(9 * len(measured) - 1) // 10] if measured else otherwise

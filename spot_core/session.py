@@ -8,8 +8,8 @@
     session.finish(capture); session.wait_drained()        training is complete
     session.close(error)                                   always
 
-Threads: all public methods on the training thread. The copy, the writer and the agent's monitor have threads of
-their own, which never hold up a step.
+Threads: all public methods on the training thread. The copy, the writer, the agent's monitor and what stands in for a
+training thread that hangs have threads of their own, which never hold up a step.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from spot_core.agent.client import AgentClient, OpenedRun
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
+from spot_core.checkpointing import Checkpointer
 from spot_core.config import SpotConfig
-from spot_core.errors import FencedError, shown
-from spot_core.handover import Capture, Preempted, ResumePoint
-from spot_core.notice.signals import SignalWatcher
+from spot_core.emergency import Action, EmergencyPath
+from spot_core.errors import FencedError, Preempted, shown
+from spot_core.handover import Capture, ResumePoint
+from spot_core.notice.signals import SignalWatcher, of_user
 from spot_core.pacing import Pacer
 from spot_core.report import loggers
 from spot_core.report.log import make_visible
-from spot_core.snapshot.capture import Snapshotter
-from spot_core.snapshot.writer import CheckpointWriter, Written
+from spot_core.snapshot.capture import Snapshotter, device_name
+from spot_core.stand_in import StandIn
 from spot_core.store.identity import RunIdentity
-from spot_core.store.layout import CheckpointName
-from spot_core.store.manifest import Manifest
 from spot_core.store.overflow import room_bytes
 from spot_core.store.posix import check_usable
 from spot_core.store.volume import describe_place
@@ -62,8 +62,7 @@ class Session:
         base_fingerprint: str | None,
     ) -> None:
         self.config, self._identity, self._client = config, identity, client
-        self._opened = opened
-        self._tier = client.tier
+        self._opened, self._tier = opened, client.tier
         self._versions, self._base_fingerprint = versions, base_fingerprint
         self.resume: ResumePoint | None = None
         if opened.restored is not None:
@@ -77,12 +76,10 @@ class Session:
             state_bytes=state_bytes,
         )
         self._snapshotter = Snapshotter(device)
-        self.signals = SignalWatcher()
-        self._captured_step: int | None = None
-        self._failure = ""  # of the last local commit, if it failed
-        self._fence: str | None = None
+        self.signals, self._emergency = SignalWatcher(), EmergencyPath(config.grace_s)
+        self._stand_in = StandIn(self._act_instead, self.signals, may_exit=config.on_preempt == "exit")
         self._local: LocalRun | None = None
-        self._writer: CheckpointWriter | None = None
+        self._checkpoints: Checkpointer | None = None
         self._agent: AgentMonitor | None = None
 
     # -- start ---------------------------------------------------------------------------------------------
@@ -116,7 +113,7 @@ class Session:
             client.open(),
             device=device,
             state_bytes=state_bytes,
-            versions={"torch": torch.__version__, "device": _device_name(device), **(versions or {})},
+            versions={"torch": torch.__version__, "device": device_name(device), **(versions or {})},
             base_fingerprint=base_fingerprint,
         )
 
@@ -133,7 +130,7 @@ class Session:
         """Training starts: claim a life if that is still to be done, say where it resumes, watch for signals.
 
         notes: reasons why this resume is not bit-exact. signals: what announces a preemption, each with the handler
-        to call after ours; SIGTERM with its present one by default.
+        to call after ours; those of the configuration with their present ones by default.
         """
         number = self._client.incarnation or self._client.claim()
         point = self.resume
@@ -142,7 +139,7 @@ class Session:
             logger.info("fresh start as incarnation %d: %s", number, why)
         else:
             logger.info("%s", point.verdict(number, self._versions, notes))
-            self._captured_step = point.manifest.step
+        resumed_step = point.manifest.step if point is not None else None
         journal = Journal(self._tier.root, number, self._client.overflow)
         self._agent = AgentMonitor(self._client, journal, on_look=self._write_cadence)
         self._local = LocalRun(
@@ -150,13 +147,25 @@ class Session:
             journal,
             self._agent,
             number=number,
-            progress=self._progress(self._captured_step or 0),
+            progress=self._progress(resumed_step or 0),
             committed=point.committed if point is not None else {},
             overflow=self._client.overflow,
         )
-        self._writer = CheckpointWriter(self._tier, self._snapshotter, number=number, prepare=self._local.prepare)
+        self._checkpoints = Checkpointer(
+            self.config.run,
+            self._identity,
+            self._snapshotter,
+            self._tier,
+            self._local,
+            self._agent,
+            number=number,
+            captured_step=resumed_step,
+            versions=self._versions,
+            base_fingerprint=self._base_fingerprint,
+        )
         self._agent.start()
-        self.signals.install(signals)
+        self._stand_in.start()
+        self.signals.install(signals if signals is not None else of_user(self.config.signal_numbers))
         self._pacer.step_started()
 
     # -- while training ------------------------------------------------------------------------------------
@@ -171,12 +180,20 @@ class Session:
 
     def step_completed(self, step: int) -> None:
         """An optimizer step is done: count useful time. Raises FencedError if a newer life exists."""
-        writer, agent, local = self._running()
-        if self._fence or agent.fence:
-            raise FencedError(self._fence or agent.fence)
+        checkpoints, agent, local = self._running()
+        if checkpoints.fence or agent.fence:
+            raise FencedError(checkpoints.fence or agent.fence)
         uploads = [agent.uploads.popleft() for _ in range(len(agent.uploads))]
-        self._pacer.step_completed(is_busy=writer.is_busy or agent.pending_s is not None, uploads=uploads)
+        self._pacer.step_completed(is_busy=checkpoints.is_busy or agent.pending_s is not None, uploads=uploads)
         local.write_progress(self._progress(step))
+
+    def rests(self, capture: Callable[[], Capture]) -> None:
+        """Nothing that `capture` reads changes from here on: another thread may call it until `moves` or a boundary."""
+        self._stand_in.rests(capture)
+
+    def moves(self) -> None:
+        """The rest is over. Raises Preempted if its last checkpoint was taken meanwhile."""
+        self._stand_in.moves()
 
     def pause(self) -> None:
         """What follows (an evaluation, the trainer's own save) is not useful training time."""
@@ -188,69 +205,47 @@ class Session:
         capture: called only if a snapshot is taken. is_required: take one now, waiting for the one in flight.
         Raises Preempted after a notice, once the checkpoint is as durable as the grace period allows.
         """
-        writer, agent, _ = self._running()
-        if self.signals.noticed_at is not None:
-            self._stop(capture)
-        if not is_required:
-            waiting_s = agent.pending_s or 0.0
-            is_due = self._pacer.is_due(upload_pending_s=waiting_s, hinted_unix_s=agent.hinted_unix_s)
-            if writer.is_busy or not is_due:
+        with self._stand_in:
+            checkpoints, agent, _ = self._running()
+            action = self._meet_notice()
+            if action in {Action.LEAVE, Action.HOLD}:
+                self._stop(capture if action is Action.LEAVE else None)
+            if action is Action.TRAIN:
                 return
-        writer.wait()
-        self._snapshot(capture)
+            if not is_required and action is not Action.COPY:
+                is_due = self._pacer.is_due(upload_pending_s=agent.pending_s or 0.0, hinted_unix_s=agent.hinted_unix_s)
+                if checkpoints.is_busy or not is_due:
+                    return
+            checkpoints.wait()
+            self._take(capture)
+            if action is Action.COPY and checkpoints.captured_step is not None:
+                self._emergency.copied(checkpoints.captured_step)
 
-    def _snapshot(self, capture: Callable[[], Capture]) -> None:
-        writer, _, local = self._running()
-        self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
-        began = time.perf_counter()
-        content = capture()
-        if content.step == self._captured_step and not local.is_lost(local.committed.get(content.step)):
-            return
-        snapshot = self._snapshotter.take(content.files)
-        writer.submit(snapshot, self._manifest(content), self._written)
-        self._captured_step = content.step
-        self._pacer.taken(time.perf_counter() - began)
+    def _act_instead(self, capture: Callable[[], Capture]) -> None:
+        """The thread that stands in: raises Preempted once it has left, returns while there is time or no notice."""
+        _, agent, _ = self._running()
+        signalled_at, rescue_s = self.signals.noticed_at, self._pacer.rescue_s
+        if self._emergency.is_last_call(agent.notice, signalled_at, rescue_s):
+            self._meet_notice()
+            fits = self._emergency.deadline is not None and self._emergency.deadline - time.monotonic() >= rescue_s
+            if fits or signalled_at is not None:
+                self._stop(capture if fits else None)
 
-    def _manifest(self, content: Capture) -> Manifest:
-        assert self._client.incarnation is not None and self._local is not None
-        pins = self._local.committed.get(content.pinned_step) if content.pinned_step is not None else None
-        return Manifest(
-            run=self.config.run,
-            name=CheckpointName(self._client.incarnation, content.step),
-            epoch=content.epoch,
-            useful_s=round(self._pacer.useful_s, 3),
-            created=time.time(),
-            framework=self._identity.framework,
-            native=content.native,
-            files=(),
-            versions=self._versions,
-            world={key: value for key, value in self._identity.facts.items() if isinstance(value, int)},
-            notes=content.notes,
-            loggers={**loggers.running(), **content.loggers},
-            base_fingerprint=self._base_fingerprint,
-            pins=pins,
-        )
-
-    def _written(self, written: Written) -> None:
-        """Writer thread: a checkpoint was committed, or failed (then the writer has said so)."""
-        if isinstance(written.error, FencedError):
-            self._fence = str(written.error)
-        self._failure = written.failure
+    def _meet_notice(self) -> Action:
         _, agent, local = self._running()
-        if written.error is not None:
-            self._captured_step = None  # this step may be tried again
-            return
-        manifest = written.manifest
-        is_here = local.add(manifest.name)
-        durable = agent.newest_durable
-        logger.info(
-            "checkpoint: step %d, %.1f MB in %.2f s, %s; remote: %s",
-            manifest.step,
-            manifest.total_bytes / 1e6,
-            written.seconds,
-            "durable on the local tier" if is_here else "in memory",
-            f"step {durable.step}" if durable else "none yet",
+        return self._emergency.at_boundary(
+            agent.notice,
+            self.signals.noticed_at,
+            costs=lambda: (self._pacer.rescue_s, self._pacer.step_s),
+            is_durable=lambda step: local.committed.get(step) in agent.durable,
         )
+
+    def _take(self, capture: Callable[[], Capture]) -> None:
+        checkpoints, _, _ = self._running()
+        self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
+        stall_s = checkpoints.take(capture, useful_s=self._pacer.useful_s)
+        if stall_s is not None:
+            self._pacer.taken(stall_s)
 
     def _write_cadence(self) -> None:
         if self._local is not None:
@@ -258,29 +253,34 @@ class Session:
 
     def _progress(self, step: int) -> Progress:
         resumed_step = self.resume.manifest.step if self.resume else 0
-        failures = self._writer.failures if self._writer else 0
+        failures, failure = (self._checkpoints.failures, self._checkpoints.failure) if self._checkpoints else (0, "")
         why = self._local.remote_only if self._local else ""
-        return Progress(step, self._pacer.useful_s, resumed_step, failures, self._failure, why)
+        return Progress(step, self._pacer.useful_s, resumed_step, failures, failure, why)
 
-    def _running(self) -> tuple[CheckpointWriter, AgentMonitor, LocalRun]:
-        if self._writer is None or self._agent is None or self._local is None:
+    def _running(self) -> tuple[Checkpointer, AgentMonitor, LocalRun]:
+        if self._checkpoints is None or self._agent is None or self._local is None:
             raise RuntimeError("Session.begin() has not been called")
-        return self._writer, self._agent, self._local
+        return self._checkpoints, self._agent, self._local
 
     # -- end -----------------------------------------------------------------------------------------------
 
-    def _stop(self, capture: Callable[[], Capture]) -> None:
-        """Preempted: commit this very step, wait for the remote within the grace period, and leave."""
-        writer, agent, local = self._running()
-        assert self.signals.noticed_at is not None
-        deadline = self.signals.noticed_at + self.config.grace_s
+    def _stop(self, capture: Callable[[], Capture] | None) -> None:
+        """Preempted: commit this very step, wait for the remote until the end, and leave.
+
+        capture: None if only what is on its way is to be waited for.
+        """
+        checkpoints, agent, local = self._running()
+        assert self._emergency.deadline is not None
+        deadline = self._emergency.deadline
 
         def commit() -> None:
-            self._snapshot(capture)
-            writer.wait(max(0.0, deadline - time.monotonic()))
+            if capture is not None:
+                self._take(capture)
+            checkpoints.wait(max(0.0, deadline - time.monotonic()))
 
-        if writer.wait(max(0.0, deadline - time.monotonic())):
+        if checkpoints.wait(max(0.0, deadline - time.monotonic())):
             local.until_it_fits(commit, deadline)
+        loggers.preempting()
         newest = local.newest
         is_durable = newest is not None and agent.wait_durable(newest, deadline)
         self._end(lives.PREEMPTED)
@@ -291,19 +291,30 @@ class Session:
         )
         raise Preempted(self.config.preempt_exit_code)
 
+    def end_if_signalled(self, error: Exception) -> None:
+        """Training broke off: raise Preempted if that is since the signal reached the loader's workers too."""
+        if self._checkpoints is None or self.signals.noticed_at is None or "DataLoader worker" not in str(error):
+            return
+        capture = self._stand_in.capture
+        with self._stand_in:
+            logger.warning("the signal ended the data loader's workers too: %s", error)
+            self._meet_notice()
+            self._stop(capture)
+
     def finish(self, capture: Callable[[], Capture]) -> None:
         """Training is complete: commit the final state and record that it is the end.
 
         Returns when both are durable locally; `wait_drained` waits for the remote.
         """
-        writer, _, local = self._running()
-        writer.wait()
+        checkpoints, _, local = self._running()
+        self.moves()
+        checkpoints.wait()
         content = capture()
-        self._snapshot(lambda: content)
-        writer.wait()
+        self._take(lambda: content)
+        checkpoints.wait()
         if local.wait_for_room(self.config.drain_timeout_s):
-            self._snapshot(lambda: content)
-            writer.wait()
+            self._take(lambda: content)
+            checkpoints.wait()
         local.mark_complete(content.step, content.max_steps)
 
     def wait_drained(self) -> None:
@@ -325,8 +336,8 @@ class Session:
         """Let go of everything. error: what ended training, None if it returned."""
         self.signals.uninstall()
         self._snapshotter.gate()
-        if self._writer is not None:
-            self._writer.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self._snapshotter.close()
         if isinstance(error, FencedError):
             self._end(lives.FENCED)
@@ -336,7 +347,4 @@ class Session:
             self._client.dismiss()
         if self._local is not None:
             self._local.close()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._stand_in.close()

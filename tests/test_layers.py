@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Package -> what it may import of this project, besides itself.
-BELOW = {"spot_core.config", "spot_core.errors", "spot_core.keys"}
+BELOW = {"spot_core.config", "spot_core.environment", "spot_core.errors", "spot_core.keys"}
 ALLOWED: dict[str, set[str]] = {
     "spot_core.errors": set(),
     "spot_core.keys": {"spot_core.errors"},
-    "spot_core.config": {"spot_core.errors", "spot_core.keys"},
+    "spot_core.environment": {"spot_core.errors"},
+    "spot_core.config": {"spot_core.environment", "spot_core.errors", "spot_core.keys"},
     "spot_core.store": BELOW,
     "spot_core.cadence": BELOW,
     "spot_core.notice": BELOW,
@@ -25,16 +26,19 @@ ALLOWED: dict[str, set[str]] = {
     "spot_core.progress": {"spot_core.store"},
     "spot_core.agent": BELOW | {f"spot_core.{part}" for part in ("store", "cadence", "notice", "progress")},
     "spot_core.report": BELOW
-    | {f"spot_core.{part}" for part in ("store", "cadence", "agent", "chaos", "progress")}
+    | {f"spot_core.{part}" for part in ("store", "cadence", "notice", "agent", "chaos", "progress")}
     | {"spot_core"},
     "spot_core.pacing": BELOW | {f"spot_core.{part}" for part in ("cadence", "notice", "agent", "report")},
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.handover": BELOW | {"spot_core.store", "spot_core.snapshot"},
+    "spot_core.emergency": BELOW | {"spot_core.notice"},
+    "spot_core.checkpointing": BELOW
+    | {f"spot_core.{part}" for part in ("handover", "store", "snapshot", "agent", "report")},
     "spot_core.session": BELOW
-    | {
-        f"spot_core.{part}" for part in ("handover", "store", "notice", "snapshot", "data", "agent", "report", "pacing")
-    },
+    | {f"spot_core.{part}" for part in ("handover", "store", "notice", "snapshot", "data", "agent", "report")}
+    | {f"spot_core.{module}" for module in ("checkpointing", "emergency", "pacing", "stand_in")},
+    "spot_core.stand_in": BELOW | {"spot_core.handover", "spot_core.notice"},
     "hf_spot": {"spot_core"},
     "lightning_spot": {"spot_core"},
 }
@@ -72,13 +76,17 @@ def test_every_package_has_a_layer() -> None:
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "spot_core").rglob("*.py")}
     assert {m for m in modules if layer_of(m) == m} <= {
         "spot_core.__init__",
-        "spot_core.errors",
+        "spot_core.checkpointing",
         "spot_core.config",
+        "spot_core.emergency",
+        "spot_core.environment",
+        "spot_core.errors",
         "spot_core.handover",
         "spot_core.keys",
         "spot_core.pacing",
         "spot_core.progress",
         "spot_core.session",
+        "spot_core.stand_in",
     }
 
 

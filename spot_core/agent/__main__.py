@@ -28,6 +28,7 @@ from spot_core.cadence.hazard import Evidence
 from spot_core.errors import ConfigError, SpotError, shown
 from spot_core.notice.instance import Instance, read_instance
 from spot_core.notice.rebalance import RebalanceHint
+from spot_core.notice.watch import Watch, WatchOptions, watchers
 from spot_core.store import incarnation
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
@@ -157,6 +158,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         _send(stream, event="claimed", incarnation=number, overflow=str(overflow.folder or ""))
     _detach(Journal(local.root, number), request["log_level"])
     instance = asked.result()
+    watched = watchers(WatchOptions(**request["watch"]), instance, os.environ, since_unix_s=request["started"])
     return Agent(
         local,
         remote,
@@ -165,6 +167,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         began=request["began"],
         is_trainer_alive=lambda: _is_alive(trainer),
         overflow=overflow,
+        watch=Watch(watched),
         hint=RebalanceHint.for_instance(instance, os.environ),
         fleet=fleet,
     )

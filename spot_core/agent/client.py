@@ -20,7 +20,8 @@ from spot_core import errors
 from spot_core.agent.lives import Life
 from spot_core.cadence.hazard import Evidence
 from spot_core.cadence.record import evidence_from_json
-from spot_core.config import STORAGE_OPTIONS, SpotConfig
+from spot_core.config import SpotConfig
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import AgentError, SpotError
 from spot_core.keys import SIGNING_KEY, describe_key_file
 from spot_core.notice.instance import Instance
@@ -179,6 +180,13 @@ class AgentClient:
             "keep_remote": self._config.keep_remote,
             "keep_every": self._config.keep_every,
             "fleet": self._config.fleet,
+            "watch": {
+                "clouds": self._config.notice,
+                "lead_s": self._config.notice_lead_s,
+                "file": self._config.notice_file,
+                "webhook": self._config.notice_webhook,
+                "grace_s": self._config.grace_s,
+            },
             "start_timeout_s": self._config.start_timeout_s,
             "started": self.started_unix_s,
             "began": self.began,

@@ -4,6 +4,7 @@
     000003.outcome.json  trainer -> agent: how the trainer ended, if it could say so
     000003.cadence.json  trainer -> anyone: what the interval follows from, at the last checkpoint
     000003.agent.json    agent -> trainer: what is durable, what is being drained, the last failure
+    000003.notice.json   agent -> trainer: the notice that stands, apart since a drain that hangs must not hold it up
 
 Each file has one writer. The JSON files are replaced whole; no fsync, since they matter only on this boot. What the
 local folder does not take, since it is full or gone, goes to the overflow; of two the newer one counts.
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spot_core.notice.notice import Notice
 from spot_core.store import layout
 from spot_core.store.overflow import Overflow
 
@@ -161,6 +163,14 @@ class Journal:
     def read_status(self) -> AgentStatus | None:
         body = self._read("agent.json")
         return AgentStatus(**{slot: body[slot] for slot in AgentStatus.__slots__ if slot in body}) if body else None
+
+    def write_notice(self, notice: Notice | None) -> None:
+        """Agent: the notice that stands now. Raises OSError if neither place takes it."""
+        self._write("notice.json", {"notice": asdict(notice) if notice is not None else None})
+
+    def read_notice(self) -> Notice | None:
+        body = self._read("notice.json")
+        return Notice(**body["notice"]) if body and body["notice"] else None
 
     @property
     def log_path(self) -> Path:

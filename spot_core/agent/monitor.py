@@ -15,6 +15,7 @@ from collections.abc import Callable
 from spot_core.agent.client import AgentClient
 from spot_core.agent.journal import AgentStatus, Journal
 from spot_core.errors import SpotError
+from spot_core.notice.notice import Notice
 from spot_core.progress import byte_bar
 from spot_core.store.layout import CheckpointName
 
@@ -36,6 +37,7 @@ class AgentMonitor:
     def __init__(self, client: AgentClient, journal: Journal, on_look: Callable[[], None] = lambda: None) -> None:
         self._client, self._journal, self._on_look = client, journal, on_look
         self._status = AgentStatus()
+        self._notice: Notice | None = None
         self._counted: set[str] = set()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spot-monitor", daemon=True)
@@ -68,6 +70,11 @@ class AgentMonitor:
     def hinted_unix_s(self) -> float | None:
         """When the provider said that this instance is in danger, None if it did not."""
         return self._status.hinted_unix_s
+
+    @property
+    def notice(self) -> Notice | None:
+        """The preemption that is announced, as far as the agent has seen."""
+        return self._notice
 
     @property
     def pending_s(self) -> float | None:
@@ -139,6 +146,7 @@ class AgentMonitor:
             status = self._journal.read_status()
             if status is not None:
                 self._take(status)
+            self._notice = self._journal.read_notice()
 
     def _take(self, status: AgentStatus) -> None:
         if status.is_drain_failing and not self._status.is_drain_failing:

@@ -21,8 +21,11 @@ from spot_core.agent.drain import Drain
 from spot_core.agent.fleet import FleetMember
 from spot_core.agent.journal import AgentStatus, Journal
 from spot_core.agent.lives import Life
-from spot_core.errors import FencedError, SpotError
+from spot_core.cadence.interval import MARGIN_S
+from spot_core.errors import DeadlineError, FencedError, SpotError
+from spot_core.notice.notice import Notice
 from spot_core.notice.rebalance import RebalanceHint
+from spot_core.notice.watch import Watch
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import Overflow
@@ -50,7 +53,8 @@ class Agent:
     """The agent of one life.
 
     life: its record at the start. began: monotonic seconds when it began. drain: what to upload and prune.
-    is_trainer_alive: asked about ten times a second. hint: of the instance's danger, where the provider gives one.
+    is_trainer_alive: asked about ten times a second. watch: for notices of a preemption. hint: of the instance's
+    danger, where the provider gives one.
     fleet: with whom the record is shared, None after a restart: it knows the lives before this one.
     """
 
@@ -64,12 +68,14 @@ class Agent:
         began: float,
         is_trainer_alive: Callable[[], bool],
         overflow: Overflow | None = None,
+        watch: Watch | None = None,
         hint: RebalanceHint | None = None,
         fleet: FleetMember | None = None,
     ) -> None:
         self._local, self._remote, self._drain = local, remote, drain
         self._overflow = overflow or Overflow(None)
         self._is_trainer_alive, self._hint, self._fleet = is_trainer_alive, hint, fleet
+        self._watch = watch or Watch([])
         self._journal = Journal(local.root, life.incarnation, self._overflow)
         self._status = AgentStatus(pid=os.getpid())
         self._status_written = 0.0
@@ -77,6 +83,8 @@ class Agent:
         self._ended = threading.Event()
         self._life, self._began = life, began
         self._trainer_ended_at: float | None = None
+        self._upload_name: CheckpointName | None = None
+        self._upload_began = 0.0
 
     def run(self) -> int:
         """Work until the purpose is over; returns the exit code."""
@@ -84,10 +92,12 @@ class Agent:
         signal.signal(signal.SIGINT, lambda *_: None)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
+        self._watch.start(self._on_notice)
         try:
             code, outcome = self._work()
         finally:
             self._ended.set()
+            self._watch.close()
             heart.join(timeout=5)
         self._record(outcome)
         self._share()
@@ -112,6 +122,9 @@ class Agent:
                 logger.warning("%s", error)
                 self._status.fence = str(error)
                 return EXIT_FENCED, outcome or (lives.FENCED if self._trainer_ended_at is None else lives.DIED)
+            except DeadlineError as error:
+                logger.info("%s", error)
+                drained = True
             except SpotError as error:
                 self._report(error)
                 failures += 1
@@ -126,6 +139,7 @@ class Agent:
                 self._wait(failures)
 
     def _drain_one(self) -> bool:
+        self._upload_name = None
         result = self._drain.step(self._on_progress)
         newest = self._drain.newest_durable
         self._status.newest_durable = str(newest) if newest else None
@@ -153,7 +167,39 @@ class Agent:
 
     def _on_progress(self, name: CheckpointName, done: int, total: int) -> None:
         self._status.draining, self._status.done_bytes, self._status.total_bytes = str(name), done, total
+        if self._upload_name != name:
+            self._upload_name, self._upload_began = name, time.monotonic()
         self._publish()
+        self._set_aside_if_better(name, done, total)
+
+    def _set_aside_if_better(self, name: CheckpointName, done: int, total: int) -> None:
+        """Before an announced end: raise DeadlineError if only a newer checkpoint can still become durable.
+
+        What is finished first is safe for sure: it is set aside only where both do not fit and the newer one does.
+        """
+        notice = self._watch.notice
+        if notice is None or not done or self._upload_name != name:
+            return
+        rate = done / max(1e-3, time.monotonic() - self._upload_began)
+        left_s = notice.deadline_unix_s - time.time() - MARGIN_S
+        rest_s, whole_s = (total - done) / rate, total / rate
+        if whole_s <= left_s < rest_s + whole_s and (newest := self._drain.pending()[:1]) and newest[0] > name:
+            raise DeadlineError(
+                f"the upload of {name} is set aside: {newest[0]} is newer, and only one of them fits into the "
+                f"{left_s:.0f} s that are left"
+            )
+
+    def _on_notice(self, notice: Notice | None) -> None:
+        """Watcher's thread: tell the trainer."""
+        if notice is None:
+            logger.warning("the notice of a preemption was withdrawn")
+        else:
+            left_s = notice.deadline_unix_s - time.time()
+            logger.warning("notice of a preemption from %s: %.0f s are left", notice.source, left_s)
+        try:
+            self._journal.write_notice(notice)
+        except (OSError, SpotError) as error:
+            logger.error("the trainer could not be told of the notice: %s", error)
 
     def _report(self, error: SpotError) -> None:
         """Count every failure, log each new cause once."""

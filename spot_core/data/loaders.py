@@ -22,13 +22,14 @@ class LoaderPositions:
     """Tracks loaders in the trainer's order.
 
     cycles: whether a loader that is exhausted before the longest one begins again. fetches_ahead: whether the
-    trainer fetches a batch before the step that consumes it.
-    is_stateful_ahead: the states of loaders are then one batch too far at a boundary; the trainer's side must
+    trainer fetches a batch before the step that consumes it. fetches_here: whether a loader reads its data in this
+    process. is_stateful_ahead: the states of loaders are then one batch too far at a boundary; the trainer's side must
     remember them from before the fetch.
     """
 
     def __init__(self, loaders: Sequence[Any], *, cycles: bool, fetches_ahead: bool) -> None:
-        self._loaders, self._cycles = list(loaders), cycles
+        self._loaders, self._cycles, self.fetches_ahead = list(loaders), cycles, fetches_ahead
+        self.fetches_here = any(not getattr(loader, "num_workers", 0) for loader in self._loaders)
         self.is_stateful_ahead = fetches_ahead and any(map(has_state, self._loaders))
         self._positions: list[DataPosition | StreamPosition | None] = []
         self._draws = WorkerDraws()

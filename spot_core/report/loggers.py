@@ -5,9 +5,12 @@ Without it each preemption starts a new run, and one training's curves lie in pi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 
 def running() -> dict[str, str]:
@@ -20,6 +23,19 @@ def running() -> dict[str, str]:
     if active is not None:
         found["mlflow"] = str(active.info.run_id)
     return found
+
+
+def preempting() -> None:
+    """Tell trackers that this process is preempted, not finished: W&B may requeue, MLflow shows KILLED."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    mlflow = sys.modules.get("mlflow")
+    try:
+        if run is not None:
+            run.mark_preempting()
+        if mlflow is not None and mlflow.active_run() is not None:
+            mlflow.end_run("KILLED")
+    except Exception as error:  # somebody else's code, over the network: no tracker may cost the checkpoint
+        logger.warning("a tracker could not be told of the preemption: %.300r", error)
 
 
 def resume(ids: Mapping[str, str]) -> None:

@@ -150,3 +150,8 @@ def _on_host(file: NativeFile, supply: Iterator[torch.Tensor]) -> NativeFile:
     if isinstance(file, TorchFile):
         return replace(file, tree=rebuild(file.tree, lambda _: next(supply)))
     return file
+
+
+def device_name(device: torch.device) -> str:
+    """What a checkpoint's manifest calls it: another device computes other bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_spot import SpotCallback
-from tests.lives.data import LENGTH, SAMPLES, Stream, Tokens
+from tests.lives.data import LENGTH, SAMPLES, Stream, Tokens, hang_while_reading
 from tests.lives.job import LifeSpec, Place, SeenLog, die_at_operation, optimizer_tensors
 from tests.lives.llama import llama, with_lora
 
@@ -71,6 +71,7 @@ class Killer(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.place.die_if("evaluation", state.global_step >= self.place.number)
+        self.place.hang_if("hang_evaluation", state.global_step >= self.place.number)
 
 
 class StopAt(TrainerCallback):
@@ -182,6 +183,8 @@ def run(spec: JobSpec) -> None:
 
     trainer.model.register_forward_pre_hook(log_ids, with_kwargs=True)
     place = Place(spec.dies)
+    if place.kind == "hang_reading":
+        hang_while_reading(trainer.train_dataset, place, lambda: trainer.state.global_step)
     if place.kind == "operation":
         die_at_operation(place.number, folder / "operations.txt")
     kwargs = {} if spec.resume is None else {"resume_from_checkpoint": spec.resume}

@@ -23,6 +23,7 @@ from tests.lives.lives import (
     live_through_random_kills,
     live_to_the_end,
     lose_instance,
+    remote_of,
     uninterrupted,
     wait_for,
 )
@@ -37,10 +38,6 @@ BEST = {
     "metric_for_best_model": "loss",
     "greater_is_better": True,  # the worst loss is "best": that of an early step
 }
-
-
-def remote_of(spec: JobSpec) -> PosixTier:
-    return PosixTier(f"{spec.folder}/remote/job")
 
 
 def local_of(spec: JobSpec) -> PosixTier:

@@ -22,7 +22,7 @@ from tests.lightning.callbacks import OTHERS
 from tests.lightning.data import BATCH, data_of
 from tests.lightning.modules import KINDS
 from tests.lightning.namespace import MODULES, VARIABLE, pl
-from tests.lives.data import SAMPLES
+from tests.lives.data import SAMPLES, hang_while_reading
 from tests.lives.job import LifeSpec, Place, SeenLog, die_at_operation, optimizer_tensors
 
 _OLDER = Path(__file__).resolve().parents[2] / ".venv"  # where `make install` puts older releases
@@ -47,7 +47,6 @@ class JobSpec(LifeSpec):
     stop_at: int | None = None  # the user's code asks for the end of training at this step
     handles_sigterm: bool = False  # the user's own handler, see `sigterm_handled`
     tracker: str | None = None  # wandb or mlflow instead of the file
-    environ: dict[str, str] = dataclasses.field(default_factory=dict)  # of this life's process
     namespace: str = "lightning"  # or pytorch_lightning
     lightning: str | None = None  # an older release than the installed one: "2.5"
 
@@ -101,6 +100,7 @@ class Killer(pl.Callback):
         self._reached("epoch", trainer.current_epoch + 1 == self.place.number)
 
     def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.place.hang_if("hang_evaluation", not trainer.sanity_checking and trainer.global_step >= self.place.number)
         self._reached("evaluation", not trainer.sanity_checking and trainer.global_step >= self.place.number)
 
 
@@ -224,13 +224,14 @@ def run(spec: JobSpec) -> None:
     assert spec.lightning is None or pl.__version__.startswith(f"{spec.lightning}."), pl.__version__
     folder = Path(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(spec.environ)
     pl.seed_everything(spec.seed, verbose=False)
     module = KINDS[spec.kind](SeenLog(folder))
     of_workers = {"num_workers": spec.workers, "persistent_workers": spec.persistent}
     data = data_of(spec.data, of_workers, samples=spec.samples, batch=spec.batch)
     trainer = trainer_of(spec)
     place = Place(spec.dies)
+    if place.kind == "hang_reading":
+        hang_while_reading(data["train_dataloaders"].dataset, place, lambda: trainer.global_step)
     if place.kind == "operation":
         die_at_operation(place.number, folder / "operations.txt")
     with sigterm_handled(folder / "handler.txt") if spec.handles_sigterm else contextlib.nullcontext():

@@ -13,15 +13,12 @@ from tests.lightning.job import JobSpec
 from tests.lives.lives import (
     final,
     live,
+    remote_of,
     seen,
 )
 
 # Never better than at first: stops at the validation that follows `patience` others.
 NEVER_BETTER = {"monitor": "val_loss", "patience": 3, "min_delta": 100.0}
-
-
-def remote_of(spec: JobSpec) -> PosixTier:
-    return PosixTier(f"{spec.folder}/remote/job")
 
 
 def local_of(spec: JobSpec) -> PosixTier:

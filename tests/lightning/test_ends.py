@@ -10,11 +10,12 @@ import pytest
 
 from spot_core.store import resume
 from tests.lightning.job import JobSpec
-from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_end, remote_of
+from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_end
 from tests.lives.lives import (
     assert_same_training,
     final,
     live_to_the_end,
+    remote_of,
     seen,
     uninterrupted,
 )

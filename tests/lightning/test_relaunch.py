@@ -15,7 +15,7 @@ import torch
 from spot_core.store import resume
 from tests.lightning.job import JobSpec
 from tests.lightning.modules import KINDS
-from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_seen, local_of, remote_of
+from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_seen, local_of
 from tests.lives.lives import (
     Life,
     assert_same_training,
@@ -24,6 +24,7 @@ from tests.lives.lives import (
     live_through_random_kills,
     live_to_the_end,
     lose_instance,
+    remote_of,
     seen,
     uninterrupted,
     wait_for,

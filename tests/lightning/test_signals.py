@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 
 from spot_core.store import resume
-from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
-from tests.lives.lives import LifeResult, assert_same_training, live, live_to_the_end, seen, uninterrupted
+from tests.lives.lives import LifeResult, assert_same_training, live, live_to_the_end, remote_of, seen, uninterrupted
 
 EVERY_FEW = {"limit_val_batches": 1.0, "val_check_interval": 3}
 JOB_ID = "4711"
-
-
-def remote_of(spec: JobSpec) -> PosixTier:
-    return PosixTier(f"{spec.folder}/remote/job")
 
 
 def assert_stopped_at(step: int, spec: JobSpec, result: LifeResult) -> None:

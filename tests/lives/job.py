@@ -27,6 +27,7 @@ class LifeSpec:
     dies: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the SpotCallback
     seed: int = 7
+    environ: dict[str, str] = dataclasses.field(default_factory=dict)  # of this life's process
 
     preloaded: ClassVar[tuple[str, ...]] = ()  # modules that `run` imports late, to be imported once for all lives
 
@@ -53,6 +54,13 @@ class Place:
     def __init__(self, where: str | None) -> None:
         self.kind, _, number = (where or "never:0").partition(":")
         self.number = int(number)
+
+    def hang_if(self, kind: str, is_now: bool) -> None:
+        """For a minute, telling so in the log."""
+        if is_now and self.kind == kind:
+            self.kind = "never"
+            print(f"hanging at {kind}", flush=True)
+            time.sleep(60.0)
 
     def die_if(self, kind: str, is_now: bool) -> None:
         """By a real SIGKILL."""

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,25 @@ def lose_instance(run_folder: Path) -> None:
                 agent.kill()
                 psutil.wait_procs([agent], timeout=10)
     shutil.rmtree(run_folder)
+
+
+def remote_of(spec: LifeSpec) -> PosixTier:
+    """The run's remote tier."""
+    return PosixTier(f"{spec.folder}/remote/job")
+
+
+def begun(spec: LifeSpec, *, steps: int = 30) -> Life:
+    """A life whose checkpoint of a step after `steps` is durable."""
+    life = Life(spec)
+    wait_for(lambda: any(name.step >= steps for name in resume.names(remote_of(spec))))
+    return life
+
+
+def left_step(log: str) -> int:
+    """The step that a preempted life left durable on the remote."""
+    found = re.search(r"preempted: step (\d+) is durable on the remote", log)
+    assert found, log[-3000:]
+    return int(found[1])
 
 
 def wait_for(condition: Any, timeout_s: float = 30.0) -> None:

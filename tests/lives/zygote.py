@@ -28,10 +28,13 @@ def write_output_to(log_path: str) -> None:
 
 
 def child(job: ModuleType, request: dict[str, Any]) -> int:
+    os.setpgid(0, 0)  # a signal to a life's group must not reach this process
     write_output_to(request["log"])
     try:
         torch.set_num_threads(1)
-        job.run(job.JobSpec(**request["spec"]))
+        spec = job.JobSpec(**request["spec"])
+        os.environ.update(spec.environ)
+        job.run(spec)
         return 0
     except SystemExit as leaving:
         return int(leaving.code or 0)

@@ -1,0 +1,216 @@
+"""A Trainer that is told of its preemption, by a provider or a signal. Real processes, real HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from spot_core.store import resume
+from tests.hf.job import JobSpec
+from tests.lives.announcer import LEAD_S, SOURCES, announcer
+from tests.lives.lives import (
+    Life,
+    assert_same_training,
+    begun,
+    final,
+    left_step,
+    live,
+    lose_instance,
+    remote_of,
+    uninterrupted,
+    wait_for,
+)
+
+# Long enough for a notice to come, be used and be over: about 25 ms a step.
+STEPS = 600
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    return JobSpec(str(tmp_path / "job"), interval_s=1.0, arguments={"max_steps": STEPS})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
+    folder = tmp_path_factory.mktemp("reference")
+    return uninterrupted(JobSpec(str(folder), arguments={"max_steps": STEPS}), folder / "plain")
+
+
+def quiet(spec: JobSpec) -> JobSpec:
+    """The same job where nothing is announced."""
+    return dataclasses.replace(spec, options={}, environ={})
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_notice_is_trained_through_and_costs_no_step(
+    source: str, spec: JobSpec, reference: JobSpec, tmp_path: Path
+) -> None:
+    with announcer(source, tmp_path / "told") as told:
+        spec = told.over(spec)
+        life = begun(spec)
+        deadline = told.announce(LEAD_S)
+        wait_for(lambda: "once more just before the end" in life.log)
+        seen = time.time()
+        result = life.result()
+        left = time.time()
+    assert result.exit_code == 75, result.log[-3000:]
+    assert left < deadline
+    takes_s = float(re.search(r"a checkpoint takes ([\d.]+) s: saving now, and once more", result.log)[1])  # type: ignore[index]
+    assert left - seen >= 0.8 * (deadline - seen - takes_s), "it trained on for most of what a last checkpoint left"
+    step = left_step(result.log)
+    assert resume.names(remote_of(spec))[0].step == step
+    wait_for(lambda: json.loads(remote_of(spec).read("lives/000001.json"))["outcome"] == "preempted")
+    record = json.loads(remote_of(spec).read("lives/000001.json"))
+    assert record["step"] == step, "not one step more was made than is durable"
+    following = live(quiet(spec))
+    assert f"resume: step {step}" in following.log
+    assert_same_training(spec, reference)
+
+
+def test_a_notice_that_is_withdrawn_changes_nothing(spec: JobSpec, reference: JobSpec, tmp_path: Path) -> None:
+    with announcer("azure", tmp_path) as told:
+        life = begun(told.over(spec))
+        told.announce(LEAD_S)
+        wait_for(lambda: "once more just before the end" in life.log)
+        told.withdraw()
+        result = life.result()
+    assert result.exit_code == 0, result.log[-3000:]
+    assert "azure withdrew its notice: training goes on as usual" in result.log
+    assert_same_training(spec, reference)
+
+
+def test_a_notice_too_short_for_a_checkpoint_leaves_the_one_before_whole(
+    spec: JobSpec, reference: JobSpec, tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(spec, interval_s=None, options={"interval_steps": 40})
+    with announcer("webhook", tmp_path) as told:
+        life = begun(told.over(spec))
+        deadline = told.announce(1.5)
+        time.sleep(max(0.0, deadline - time.time()))
+        life.kill()
+        assert life.result().exit_code == -signal.SIGKILL
+        lose_instance(Path(spec.folder, "local/job"))
+    assert re.search(r"until it is durable: \d\.\d s too many. The checkpoint before stands", life.log), life.log
+    newest = resume.names(remote_of(spec))[0]
+    resume.verify(remote_of(spec), resume.read_manifest(remote_of(spec), newest))
+    following = live(dataclasses.replace(spec, options={}))
+    assert f"resume: step {newest.step}" in following.log
+    assert_same_training(spec, reference)
+
+
+def test_a_signal_in_the_middle_of_a_notice_ends_the_job_at_once(spec: JobSpec, tmp_path: Path) -> None:
+    """Google sends SIGTERM half a minute before the end, long after a notice that came early."""
+    with announcer("gcp", tmp_path) as told:
+        spec = told.over(dataclasses.replace(spec, options={"notice_lead_s": 600.0}))
+        spec = dataclasses.replace(spec, options={**spec.options, "notice_lead_s": 600.0})
+        life = begun(spec)
+        told.announce(600.0)
+        wait_for(lambda: "once more just before the end" in life.log)
+        os.kill(life.pid, signal.SIGTERM)
+        result = life.result()
+    assert result.exit_code == 75
+    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+
+
+def test_in_a_notebook_training_returns_and_the_process_lives_on(spec: JobSpec, reference: JobSpec) -> None:
+    spec = dataclasses.replace(spec, options={"on_preempt": "return"})
+    life = begun(spec)
+    os.kill(life.pid, signal.SIGTERM)
+    result = life.result()
+    assert result.exit_code == 0, result.log[-3000:]
+    assert final(spec)["step"] == left_step(result.log) < STEPS
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+def test_a_signal_before_the_first_step_leaves_with_the_documented_code(spec: JobSpec) -> None:
+    begun(spec).kill()
+    for log in ("run job: local tier", "resume: step"):
+        life = Life(spec)
+        wait_for(lambda log=log, life=life: log in life.log)  # type: ignore[misc]
+        os.kill(life.pid, signal.SIGTERM)
+        result = life.result()
+        assert result.exit_code == 75, result.log[-3000:]
+        assert "run the same command again" in result.log
+
+
+def test_a_signal_to_the_whole_group_with_workers(spec: JobSpec, tmp_path: Path) -> None:
+    """Once, then twice in quick succession. It ends the workers, and PyTorch calls that an error wherever it is."""
+    workers = {"dataloader_num_workers": 4, "dataloader_persistent_workers": True}
+    spec = dataclasses.replace(spec, arguments={**spec.arguments, **workers})
+    for signals in (1, 2):
+        life = begun(spec, steps=signals * 100)
+        for _ in range(signals):
+            os.killpg(life.pid, signal.SIGTERM)
+            time.sleep(0.02)
+        result = life.result()
+        assert result.exit_code == 75, result.log[-3000:]
+        assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, uninterrupted(spec, tmp_path / "reference"))
+
+
+def test_signals_at_random_moments_save_the_very_step_and_end_bit_equal(spec: JobSpec, reference: JobSpec) -> None:
+    rng = random.Random(6)
+    spec = dataclasses.replace(spec, interval_s=0.2)
+    reached = 0
+    for _ in range(int(os.environ.get("SPOT_TEST_SIGNALS", "4"))):
+        life = Life(spec)
+        wait_for(lambda life=life: "incarnation" in life.log)  # type: ignore[misc]
+        time.sleep(rng.uniform(0.0, 2.0))
+        os.kill(life.pid, signal.SIGTERM)
+        result = life.result()
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 75, result.log[-3000:]
+        if "before the first step" not in result.log:
+            assert left_step(result.log) >= reached
+            reached = left_step(result.log)
+            assert resume.names(remote_of(spec))[0].step == reached
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+# -- while training hangs ----------------------------------------------------------------------------------------
+
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 9}
+
+
+@pytest.mark.parametrize("source", ["signal", "webhook"])
+@pytest.mark.parametrize(("dies", "step"), [("hang_reading:16", 16), ("hang_evaluation:18", 18)])
+def test_an_end_announced_while_training_hangs_for_longer_saves_the_last_step(
+    dies: str, step: int, source: str, tmp_path: Path
+) -> None:
+    """A minute in the middle of a batch or of an evaluation, ten seconds of warning, and no checkpoint of that step."""
+    spec = JobSpec(str(tmp_path / "job"), interval_s=1000.0, data="augmented", arguments=EVALUATES)
+    reference = uninterrupted(spec, tmp_path / "reference")
+    with announcer("webhook", tmp_path) as told:
+        hanging = dataclasses.replace(told.over(spec), dies=dies)
+        life = Life(dataclasses.replace(hanging, options={**hanging.options, "grace_s": LEAD_S}))
+        wait_for(lambda: "hanging at" in life.log)
+        deadline = time.time() + LEAD_S
+        if source == "signal":
+            os.kill(life.pid, signal.SIGTERM)
+        else:
+            told.announce(LEAD_S)
+        result = life.result()
+        assert time.time() < deadline, "it left before the end"
+    assert result.exit_code == 75, result.log[-3000:]
+    assert left_step(result.log) == step
+    assert resume.names(remote_of(spec))[0].step == step
+    following = live(spec)
+    assert following.exit_code == 0, following.log[-3000:]
+    assert f"resume: step {step} " in following.log
+    if "reading" in dies:
+        assert_same_training(spec, reference)
+    else:
+        assert f"not bit-exact: the evaluation of step {step} was cut off by a preemption" in following.log
+        assert final(spec)["step"] == final(reference)["step"]
