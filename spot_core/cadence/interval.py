@@ -15,6 +15,8 @@ from spot_core.cadence.hazard import Hazard
 # From the notice's arrival to the trainer's next boundary, and for what was not foreseen.
 DETECTION_S = 5.0
 MARGIN_S = 2.0
+# What one thread copies in a second, until a stall was measured.
+COPIED_BYTES_PER_S = 2e9
 _SMOOTHING = 0.3
 # Steps are many, and single ones differ: their slowdown is told by some dozens.
 _STEP_SMOOTHING = 0.05

@@ -23,13 +23,16 @@ from rich.console import Console
 from rich.text import Text
 
 from spot_core.chaos.command import chaos
-from spot_core.config import storage_options_from
+from spot_core.chaos.imds import imds
+from spot_core.environment import storage_options_from
 from spot_core.errors import ConfigError, FencedError, SpotError, TierError, shown
 from spot_core.keys import describe_key_file, signing_keys_from
 from spot_core.progress import byte_bar
 from spot_core.report import draining, explain, places, prune, repair, runs, status, status_report, tables, verify
 from spot_core.report import restore as restoring
+from spot_core.report.doctor import doctor
 from spot_core.report.log import make_visible
+from spot_core.report.options import AsJson, KeyFile
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,8 @@ app = typer.Typer(
     help="Runs on spot GPUs: what is stored, whether it is whole, and how to get it back.",
     epilog="URL is any fsspec URL or a path. SPOT_STORAGE_OPTIONS holds the file system's options, such as "
     "credentials, as a JSON object. SPOT_SIGNING_KEY holds the key of a run whose manifests are signed.\n\n"
-    "Exit codes: 0 done, 1 damage or storage that does not answer, 2 wrong call or place, 3 storage did not answer and "
-    "what this host knows was shown, 4 a newer life exists.",
+    "Exit codes: 0 done, 1 damage, a problem that doctor found or storage that does not answer, 2 wrong call or place, "
+    "3 storage did not answer and what this host knows was shown, 4 a newer life exists.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,16 +62,6 @@ KeepEvery = Annotated[
         help="Besides, keep the first checkpoint at or after each multiple of N steps. Default: none of them.",
     ),
 ]
-KeyFile = Annotated[
-    str | None,
-    typer.Option(
-        "--signing-key-file",
-        metavar="FILE",
-        envvar="SPOT_SIGNING_KEY_FILE",
-        help="Keys, one a line, one of which must have signed the manifests. Or SPOT_SIGNING_KEY.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines: units in the names, keys stay.")]
 
 
 def _version(is_wanted: bool) -> None:
@@ -278,7 +271,9 @@ def agent(
         drain.watch(draining.stop_on_signals())
 
 
+app.command("doctor")(doctor)
 app.command("chaos")(chaos)
+app.command("imds")(imds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 SCHEMES = frozenset({"sftp", "ssh", "ftp", "smb", "webdav", "dav", "hdfs"})
@@ -70,6 +70,21 @@ class Folders:
             except OSError:
                 if not self._fs.isdir(folder) and attempt == _ATTEMPTS - 1:
                     raise
+
+    def missing(self, folder: str) -> list[str]:
+        """`folder` and those above it that do not exist, deepest first."""
+        found = []
+        while folder.strip("/") and not self._fs.exists(folder):
+            found.append(folder)
+            folder = folder.rpartition("/")[0]
+        return found
+
+    def remove_empty(self, folders: Iterable[str]) -> None:
+        """Remove those of `folders`, deepest first, that hold nothing."""
+        for folder in folders:
+            if self._fs.ls(folder, detail=False):
+                return
+            self._fs.rmdir(folder)
 
     def write(self, path: str, data: bytes, *, mode: str = "overwrite") -> None:
         """Write a record under another name first: a kill in the middle must not leave half of one.

@@ -125,6 +125,10 @@ class PosixTier:
         with _translated(f"read {self.path(path)}"):
             return self._stored(path).stat().st_size
 
+    def modified_unix_s(self, path: str) -> float | None:
+        with _translated(f"read {self.path(path)}"):
+            return self._stored(path).stat().st_mtime
+
     def record(self, path: str) -> FileRecord:
         with _translated(f"read {self.path(path)}"):
             return digest_file(self._stored(path))
@@ -246,14 +250,15 @@ def check_usable(folder: Path, needed_bytes: int, *, elsewhere_bytes: int = 0) -
             "(SPOT_LOCAL) to a folder on a disk of this instance."
         ) from error
     free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes > max(free_bytes + _held_bytes(folder), elsewhere_bytes):
+    if needed_bytes > max(free_bytes + held_bytes(folder), elsewhere_bytes):
         raise ConfigError(
             f"the local folder {folder} has {free_bytes / 1e6:.0f} MB free, a checkpoint needs about "
             f"{needed_bytes / 1e6:.0f} MB. Set local= (SPOT_LOCAL) to a larger disk of this instance."
         )
 
 
-def _held_bytes(folder: Path) -> int:
+def held_bytes(folder: Path) -> int:
+    """What the run in `folder` holds: its checkpoints, and the one being staged."""
     held = 0
     for part in (layout.CHECKPOINTS, layout.STAGING):
         for file in (folder / part).rglob("*"):

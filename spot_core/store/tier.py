@@ -92,6 +92,14 @@ class ObjectStore(Protocol):
         """Abort what earlier lives of this run were uploading when they died; returns how many. Raises nothing."""
 
 
+@runtime_checkable
+class Dated(Protocol):
+    """What a tier does besides that can tell when a file was written."""
+
+    def modified_unix_s(self, path: str) -> float | None:
+        """By the clock of whoever stores it; None if that does not tell. Raises FileNotFoundError."""
+
+
 def open_tier(url: str, storage_options: Mapping[str, Any] | None = None, signing_keys: tuple[str, ...] = ()) -> Tier:
     """The tier at `url`: any fsspec scheme, `file://` or a plain path.
 

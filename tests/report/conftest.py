@@ -53,6 +53,18 @@ def spot(capsys: pytest.CaptureFixture[str]) -> Spot:
     return run
 
 
+@pytest.fixture
+def doctor(spot: Spot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`spot doctor --json` for a run on `bucket` with a local tier on `nvme`, both of this test, on any machine."""
+    monkeypatch.setenv("SPOT_NOTICE", "off")
+
+    def examine(*arguments: object, remote: object = None, local: object = None) -> Result:
+        places = ("--remote", remote or tmp_path / "bucket" / "alpaca", "--local", local or tmp_path / "nvme")
+        return spot("doctor", *places, "--state-mb", 0.05, "--json", *arguments)
+
+    return examine
+
+
 def start_spot(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Start a command in a process of its own."""
     return subprocess.Popen(

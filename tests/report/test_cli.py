@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from spot_core.config import STORAGE_OPTIONS, SpotConfig
+from spot_core.config import SpotConfig
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import ConfigError
 from spot_core.store import resume
 from spot_core.store.tier import open_tier
@@ -43,11 +44,14 @@ def test_help_names_every_command_and_the_exit_codes(spot: Spot) -> None:
         "prune",
         "repair",
         "agent",
+        "chaos",
+        "imds",
+        "doctor",
         "Exit codes: 0 done",
         STORAGE_OPTIONS,
     ):
         assert word in result.out
-    for command in ("ls", "status", "verify", "restore", "prune", "repair", "agent"):
+    for command in ("ls", "status", "verify", "restore", "prune", "repair", "agent", "chaos", "imds", "doctor"):
         assert spot(command, "--help").code == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.agent import lives
-from spot_core.config import STORAGE_OPTIONS
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import FencedError, TierDeniedError, TierError
 from spot_core.report import prune
 from spot_core.report.runs import LOST_AFTER_S

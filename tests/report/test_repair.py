@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.config import STORAGE_OPTIONS
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import Repair, repair
 from spot_core.store import layout, resume

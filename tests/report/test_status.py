@@ -9,7 +9,7 @@ import pytest
 
 from spot_core.agent import lives
 from spot_core.agent.journal import AgentStatus, Journal, Progress
-from spot_core.config import STORAGE_OPTIONS
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.report.places import address
 from spot_core.store import incarnation, layout, retention
 from spot_core.store.layout import CheckpointName

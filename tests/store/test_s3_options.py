@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from spot_core.config import STORAGE_OPTIONS, SpotConfig
+from spot_core.config import SpotConfig
+from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import ConfigError, TierDeniedError, TierError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName

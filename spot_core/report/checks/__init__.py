@@ -1,0 +1,1 @@
+"""What `spot doctor` looks at, one area a file. A check raises nothing: what it meets becomes a finding."""
