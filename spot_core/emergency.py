@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
+from spot_core.cadence.interval import MARGIN_S
 from spot_core.notice.notice import Notice
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,9 @@ def decide(left_s: float, *, rescue_s: float, step_s: float, is_copied: bool, is
     if is_copied:
         if not is_last_call:
             return Action.TRAIN
-        # A copy that is still on its way would only be held up by another one.
-        return Action.LEAVE if is_durable and rescue_s <= left_s else Action.HOLD
+        # A copy that is still on its way would only be held up by another one. A step that took a little longer than
+        # the others is what the margin is for.
+        return Action.LEAVE if is_durable and rescue_s - MARGIN_S / 2 <= left_s else Action.HOLD
     if rescue_s > left_s:
         return Action.TRAIN
     return Action.LEAVE if is_last_call else Action.COPY

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "spot_core.chaos": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.testing": BELOW | {"spot_core.store", "spot_core.agent"},
     "spot_core.handover": BELOW | {"spot_core.store", "spot_core.snapshot"},
-    "spot_core.emergency": BELOW | {"spot_core.notice"},
+    "spot_core.emergency": BELOW | {"spot_core.cadence", "spot_core.notice"},
     "spot_core.checkpointing": BELOW
     | {f"spot_core.{part}" for part in ("handover", "store", "snapshot", "agent", "report")},
     "spot_core.session": BELOW
