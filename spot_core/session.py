@@ -8,8 +8,7 @@
     session.finish(capture); session.wait_drained()        training is complete
     session.close(error)                                   always
 
-Threads: all public methods on the training thread. The copy, the writer, the agent's monitor and what stands in for a
-training thread that hangs have threads of their own, which never hold up a step.
+Threads: all public methods on the training thread. Those of the copy, the writer and so on never hold up a step.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from spot_core.handover import Capture, ResumePoint
 from spot_core.notice.signals import SignalWatcher, of_user
 from spot_core.pacing import Pacer
 from spot_core.report import loggers
+from spot_core.report.checks.signals import warn_if_unheard
 from spot_core.report.log import make_visible
 from spot_core.snapshot.capture import Snapshotter, device_name
 from spot_core.stand_in import StandIn
@@ -106,6 +106,7 @@ class Session:
         logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, shown(config.remote))
         for level, sentence in describe_place(client.run_folder, config.remote):
             logger.log(level, "%s", sentence)
+        warn_if_unheard(config)
         return cls(
             config,
             identity,
@@ -243,8 +244,7 @@ class Session:
     def _take(self, capture: Callable[[], Capture]) -> None:
         checkpoints, _, _ = self._running()
         self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
-        stall_s = checkpoints.take(capture, useful_s=self._pacer.useful_s)
-        if stall_s is not None:
+        if (stall_s := checkpoints.take(capture, useful_s=self._pacer.useful_s)) is not None:
             self._pacer.taken(stall_s)
 
     def _write_cadence(self) -> None:

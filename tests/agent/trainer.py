@@ -54,10 +54,11 @@ class Trainer:
     def dismiss(self) -> None:
         self._client.dismiss()
 
-    def commit(self, step: int, padding_bytes: int = 0) -> str:
+    def commit(self, step: int, padding_bytes: int = 0, paddings: int = 1) -> str:
         assert self._client.incarnation is not None
         name = CheckpointName(self._client.incarnation, step)
-        files = {**content_of(name), f"checkpoint-{step}/padding.bin": bytes(padding_bytes)}
+        padding = {f"checkpoint-{step}/padding-{number}.bin": bytes(padding_bytes) for number in range(paddings)}
+        files = {**content_of(name), **padding}
         commit_checkpoint(self._tier, name, files=files)
         self._journal.write_progress(Progress(step, step / 10, 0))
         return str(name)

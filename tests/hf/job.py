@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_spot import SpotCallback
 from tests.lives.data import LENGTH, SAMPLES, Stream, Tokens, hang_while_reading
-from tests.lives.job import LifeSpec, Place, SeenLog, die_at_operation, optimizer_tensors
+from tests.lives.job import LifeSpec, Place, SeenLog, StateLog, die_at_operation, optimizer_tensors
 from tests.lives.llama import llama, with_lora
 
 
@@ -54,7 +54,10 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class Killer(TrainerCallback):
-    """Dies by a real SIGKILL at a chosen place: `step:7`, `epoch:1`, `evaluation:2`; `term:7` sends itself SIGTERM."""
+    """Dies by a real SIGKILL at a chosen place: `step:7`, `epoch:1`, `evaluation:2`; `term:7` sends itself SIGTERM.
+
+    `operation:40` and `term_operation:40` are about what the process does to files, see `die_at_operation`.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -72,6 +75,17 @@ class Killer(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.place.die_if("evaluation", state.global_step >= self.place.number)
         self.place.hang_if("hang_evaluation", state.global_step >= self.place.number)
+
+
+class Recorder(TrainerCallback):
+    """Writes down the state after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = StateLog(folder)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained = [parameter for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+        self._log.add(state.global_step, trained, kwargs["optimizer"])
 
 
 class StopAt(TrainerCallback):
@@ -126,6 +140,8 @@ def trainer_of(spec: JobSpec) -> Trainer:
     callbacks: list[Any] = [Killer(Place(spec.dies))]
     if spec.stop_at is not None:
         callbacks.append(StopAt(spec.stop_at))
+    if spec.has_digests:
+        callbacks.append(Recorder(Path(spec.folder)))
     if spec.has_callback:
         options = spec.spot_options
         callbacks.append(SpotCallback(options.pop("remote"), **options))
@@ -185,8 +201,9 @@ def run(spec: JobSpec) -> None:
     place = Place(spec.dies)
     if place.kind == "hang_reading":
         hang_while_reading(trainer.train_dataset, place, lambda: trainer.state.global_step)
-    if place.kind == "operation":
-        die_at_operation(place.number, folder / "operations.txt")
+    if place.kind in {"operation", "term_operation"}:
+        signum = signal.SIGKILL if place.kind == "operation" else signal.SIGTERM
+        die_at_operation(place.number, folder / "operations.txt", signum)
     kwargs = {} if spec.resume is None else {"resume_from_checkpoint": spec.resume}
     trainer.train(**kwargs)
     history = trainer.state.log_history

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from spot_core.store import resume
@@ -109,7 +112,7 @@ def test_a_notice_too_short_for_a_checkpoint_leaves_the_one_before_whole(
 def test_a_signal_in_the_middle_of_a_notice_ends_the_job_at_once(spec: JobSpec, tmp_path: Path) -> None:
     """Google sends SIGTERM half a minute before the end, long after a notice that came early."""
     with announcer("gcp", tmp_path) as told:
-        spec = told.over(dataclasses.replace(spec, options={"notice_lead_s": 600.0}))
+        spec = told.over(spec)
         spec = dataclasses.replace(spec, options={**spec.options, "notice_lead_s": 600.0})
         life = begun(spec)
         told.announce(600.0)
@@ -158,24 +161,65 @@ def test_a_signal_to_the_whole_group_with_workers(spec: JobSpec, tmp_path: Path)
     assert_same_training(spec, uninterrupted(spec, tmp_path / "reference"))
 
 
-def test_signals_at_random_moments_save_the_very_step_and_end_bit_equal(spec: JobSpec, reference: JobSpec) -> None:
-    rng = random.Random(6)
-    spec = dataclasses.replace(spec, interval_s=0.2)
-    reached = 0
-    for _ in range(int(os.environ.get("SPOT_TEST_SIGNALS", "4"))):
-        life = Life(spec)
-        wait_for(lambda life=life: "incarnation" in life.log)  # type: ignore[misc]
-        time.sleep(rng.uniform(0.0, 2.0))
-        os.kill(life.pid, signal.SIGTERM)
-        result = life.result()
-        if result.exit_code == 0:
-            break
-        assert result.exit_code == 75, result.log[-3000:]
-        if "before the first step" not in result.log:
-            assert left_step(result.log) >= reached
+@pytest.mark.parametrize("place", ["operation", "restore", "last step"])
+def test_a_signal_where_files_are_written_or_training_ends(place: str, spec: JobSpec, tmp_path: Path) -> None:
+    """In the middle of commits, each at another operation on a file; of a restore; and in the last step."""
+    spec = dataclasses.replace(spec, arguments={}, interval_s=0.001)
+    reference = uninterrupted(spec, tmp_path / "reference")
+    if place == "last step":
+        result = live(dataclasses.replace(spec, dies="term:29"))
+        assert result.exit_code == 0, "there is nothing left to come back for"
+    elif place == "restore":
+        begun(spec, steps=5).kill()
+        assert live(dataclasses.replace(spec, dies="term_operation:3")).exit_code == 75
+    else:
+        reached = 0
+        for number in (70, 85, 100):
+            result = live(dataclasses.replace(spec, dies=f"term_operation:{number}"))
+            assert result.exit_code == 75, result.log[-3000:]
+            assert left_step(result.log) > reached
             reached = left_step(result.log)
             assert resume.names(remote_of(spec))[0].step == reached
     assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c")
+
+
+def first_process_of(container: subprocess.Popen[bytes]) -> int:
+    """Its pid as seen from outside, where a signal for a container comes from."""
+    return int(psutil.Process(container.pid).children()[0].pid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of its own needs root")
+@pytest.mark.parametrize("script", ["exec COMMAND", "COMMAND; true"])
+def test_a_signal_to_the_first_process_of_a_container(script: str, spec: JobSpec, tmp_path: Path) -> None:
+    """A shell there keeps it to itself, as a training says when it starts: what was committed before stands."""
+    spec = dataclasses.replace(spec, interval_s=0.2, arguments={"max_steps": 200})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    described = json.dumps(dataclasses.asdict(spec))
+    command = shlex.join([sys.executable, "-m", "tests.lives.once", "tests.hf.job", described])
+    Path(spec.folder).mkdir(parents=True)
+    log = Path(spec.folder, "log.txt")
+    with log.open("wb") as file:
+        container = subprocess.Popen([*IN_A_CONTAINER, script.replace("COMMAND", command)], stdout=file, stderr=file)
+    wait_for(lambda: any(name.step >= 30 for name in resume.names(remote_of(spec))), timeout_s=120.0)
+    os.kill(first_process_of(container), signal.SIGTERM)
+    if script.startswith("COMMAND"):
+        time.sleep(0.5)
+        assert container.poll() is None
+        os.kill(first_process_of(container), signal.SIGKILL)  # the grace period is over
+        container.wait(timeout=30)
+        assert "the first process is a shell" in log.read_text()
+        step = resume.names(remote_of(spec))[0].step
+    else:
+        assert container.wait(timeout=30) == 75, log.read_text()[-3000:]
+        assert "the first process is a shell" not in log.read_text()
+        step = left_step(log.read_text())
+        assert resume.names(remote_of(spec))[0].step == step
+    following = live(spec)
+    assert f"resume: step {step} from the" in following.log
     assert_same_training(spec, reference)
 
 

@@ -23,7 +23,7 @@ from tests.lightning.data import BATCH, data_of
 from tests.lightning.modules import KINDS
 from tests.lightning.namespace import MODULES, VARIABLE, pl
 from tests.lives.data import SAMPLES, hang_while_reading
-from tests.lives.job import LifeSpec, Place, SeenLog, die_at_operation, optimizer_tensors
+from tests.lives.job import LifeSpec, Place, SeenLog, StateLog, die_at_operation, optimizer_tensors
 
 _OLDER = Path(__file__).resolve().parents[2] / ".venv"  # where `make install` puts older releases
 
@@ -104,6 +104,16 @@ class Killer(pl.Callback):
         self._reached("evaluation", not trainer.sanity_checking and trainer.global_step >= self.place.number)
 
 
+class Recorder(pl.Callback):
+    """Writes down the state after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = StateLog(folder)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self._log.add(trainer.global_step, module.state_dict().values(), trainer.optimizers[0])
+
+
 class StopAt(pl.Callback):
     """A user's own decision to end training."""
 
@@ -166,6 +176,8 @@ def callbacks_of(spec: JobSpec) -> list[Any]:
         callbacks.append(pl.callbacks.ModelCheckpoint(**spec.checkpoint))
     if spec.stop_at is not None:
         callbacks.append(StopAt(spec.stop_at))
+    if spec.has_digests:
+        callbacks.append(Recorder(Path(spec.folder)))
     callbacks += [OTHERS[name]() for name in spec.others]
     if spec.has_callback:
         from lightning_spot import SpotCallback

@@ -6,10 +6,12 @@ A job is a module with a `JobSpec`, which extends `LifeSpec`, and `run(spec)`, w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +29,7 @@ class LifeSpec:
     dies: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the SpotCallback
     seed: int = 7
+    has_digests: bool = False  # of the state after every step, see `states`
     environ: dict[str, str] = dataclasses.field(default_factory=dict)  # of this life's process
 
     preloaded: ClassVar[tuple[str, ...]] = ()  # modules that `run` imports late, to be imported once for all lives
@@ -68,8 +71,8 @@ class Place:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at_operation(number: int, record: Path) -> None:
-    """From now on count what the process does to files; at the given one, die before it happens.
+def die_at_operation(number: int, record: Path, signum: signal.Signals = signal.SIGKILL) -> None:
+    """From now on count what the process does to files; at the given one, be sent a signal before it happens.
 
     The count at each link, which is where a manifest appears, goes to `record`.
     """
@@ -80,7 +83,7 @@ def die_at_operation(number: int, record: Path) -> None:
             nonlocal count
             count += 1
             if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signum)
             if name == "link":
                 with open(record, "a") as file:
                     file.write(f"{count}\n")
@@ -106,11 +109,39 @@ class SeenLog:
         self._file.write(json.dumps([os.getpid(), step, ids, checksum]) + "\n")
 
 
+def digest_of(weights: Iterable[torch.Tensor], optimizer: dict[str, Any]) -> str:
+    """One digest of all their bytes, whatever they are called and in whatever order they come."""
+    tensors = (*weights, *tensors_of_state(optimizer).values())
+    each = (hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest() for tensor in tensors)
+    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+
+
+class StateLog:
+    """Appends a digest of what a checkpoint must hold to `states.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / "states.jsonl", "a", buffering=1)
+
+    def add(self, step: int, weights: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        digest = digest_of(weights, optimizer.state_dict())
+        self._file.write(json.dumps([step, digest]) + "\n")
+
+
+def states(spec: LifeSpec) -> dict[int, str]:
+    """Step -> digest of the state after it, of a life with `has_digests`."""
+    return dict(json.loads(line) for line in Path(spec.folder, "states.jsonl").read_text().splitlines())
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
     """The tensors of its state by name."""
+    return tensors_of_state(optimizer.state_dict(), prefix)
+
+
+def tensors_of_state(state_dict: dict[str, Any], prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """The same of what `state_dict` gave."""
     return {
         f"{prefix}.{i}.{key}": value
-        for i, state in optimizer.state_dict()["state"].items()
+        for i, state in state_dict["state"].items()
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spot_core.config import SpotConfig
-from spot_core.report.checks.finding import Area, Finding
+from spot_core.report.checks.finding import WARNING, Area, Finding
 from spot_core.report.units import duration
+
+logger = logging.getLogger(__name__)
 
 AREA = Area("signals")
 
@@ -73,6 +77,16 @@ def check_signals(config: SpotConfig, environ: Mapping[str, str], proc: Path = _
     for each in above:
         if each.is_torchrun:
             yield from _torchrun(each, config, environ)
+
+
+def warn_if_unheard(config: SpotConfig) -> None:
+    """At a training's start: say so where a shell is the container's first process and keeps its signals."""
+    me, first = read_process(os.getpid(), _PROC), read_process(1, _PROC)
+    if me is None or first is None or not first.is_shell:
+        return
+    for finding in _first_process([me, *ancestors(me, _PROC)], config.signal_numbers, _PROC):
+        if finding.status == WARNING:
+            logger.warning("%s. To change that: %s", finding.detail, finding.fix)
 
 
 def torchrun_waits_s(environ: Mapping[str, str], proc: Path = _PROC) -> float | None:
