@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswerError
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import NamedTuple, TypeVar
 
 from spot_core.agent.lives import RUNNING, Life, end_of, spans_of
+from spot_core.bounded import NoAnswer, within
 from spot_core.cadence.hazard import End, Evidence, LifeSpan
 from spot_core.cadence.record import evidence_from_json, is_number
 from spot_core.errors import CorruptCheckpointError, TierError
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _POOLS = "pools"
 _UNKNOWN = "unknown"
-# Training waits for it, and so do the heartbeats.
+# Training waits for it, and so do the heartbeats and the agent's end.
 _PATIENCE_S = 10.0
 # Of one pool or of all its neighbours, at most.
 _MOST_RECORDS = 500
@@ -101,9 +100,9 @@ class FleetMember:
             self._tell("it is not known which provider's instance this is: nothing is shared")
             return Evidence()
         try:
-            return _in_time(lambda: read_pool(self._tier, self._life.pool, but_run_id=self._run_id))
-        except (TierError, ValueError, NoAnswerError) as error:
-            self._tell(f"what other runs have seen is not known: {str(error) or 'it does not answer'}")
+            return within(_PATIENCE_S, lambda: read_pool(self._tier, self._life.pool, but_run_id=self._run_id))
+        except (TierError, ValueError, NoAnswer) as error:
+            self._tell(f"what other runs have seen is not known: {error}")
             return Evidence()
 
     def share_all(self) -> None:
@@ -122,9 +121,9 @@ class FleetMember:
             return
         evidence = Evidence.of(spans)
         try:
-            _in_time(lambda: publish(self._tier, pool, self._run_id, evidence))
-        except (TierError, ValueError, NoAnswerError) as error:
-            self._tell(f"what this run has seen is not shared: {str(error) or 'it does not answer'}")
+            within(_PATIENCE_S, lambda: publish(self._tier, pool, self._run_id, evidence))
+        except (TierError, ValueError, NoAnswer) as error:
+            self._tell(f"what this run has seen is not shared: {error}")
 
     def _tell(self, what: str) -> None:
         level = logging.DEBUG if self._is_told else logging.WARNING
@@ -251,22 +250,6 @@ def _checked_run_id(run_id: str) -> str:
     if not _RUN_ID.fullmatch(run_id):
         raise ValueError(f"{run_id!r} is not a run id")
     return run_id
-
-
-def _in_time(ask: Callable[[], _R]) -> _R:
-    """What `ask` returns or raises. Raises NoAnswerError after _PATIENCE_S: training, heartbeats and the agent's end
-    wait for it, and a store that neither answers nor refuses may take many minutes to give up."""
-    answer: Future[_R] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    # A thread of a pool would be waited for when the process ends.
-    threading.Thread(target=run, name="fleet", daemon=True).start()
-    return answer.result(timeout=_PATIENCE_S)
 
 
 def _at_once(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:

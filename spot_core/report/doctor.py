@@ -23,6 +23,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from spot_core.bounded import NoAnswer, within
 from spot_core.config import SpotConfig
 from spot_core.environment import ENV_PREFIX
 from spot_core.errors import CorruptCheckpointError, TierError
@@ -30,7 +31,6 @@ from spot_core.keys import describe_key_file
 from spot_core.notice.instance import read_instance
 from spot_core.report import tables
 from spot_core.report.checks import clock, grace, remote, signals
-from spot_core.report.checks.bounded import NoAnswer, within
 from spot_core.report.checks.finding import OK, PROBLEM, SKIPPED, WARNING, Finding
 from spot_core.report.checks.local import local_probe
 from spot_core.report.checks.notices import check_notices

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from spot_core.bounded import NoAnswer, within
 from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierDeniedError, shown
 from spot_core.progress import byte_bar
 from spot_core.report.checks.advice import advice, lacks_permission
-from spot_core.report.checks.bounded import NoAnswer, within
 from spot_core.report.checks.clock import Stamp
 from spot_core.report.checks.finding import PROBLEM, Area, Finding
 from spot_core.report.checks.local import PROBE, no_new_folders
