@@ -186,7 +186,7 @@ class Session:
             raise FencedError(checkpoints.fence or agent.fence)
         uploads = [agent.uploads.popleft() for _ in range(len(agent.uploads))]
         self._pacer.step_completed(is_busy=checkpoints.is_busy or agent.pending_s is not None, uploads=uploads)
-        local.write_progress(self._progress(step))
+        local.made_step(lambda: self._progress(step))
 
     def rests(self, capture: Callable[[], Capture]) -> None:
         """Nothing that `capture` reads changes from here on: another thread may call it until `moves` or a boundary."""

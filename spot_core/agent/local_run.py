@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # A local disk that is full again after this long is told again.
 _TELL_AGAIN_S = 600.0
 _RETRY_S = 1.0
+_PROGRESS_EVERY_S = 0.1
 
 
 class LocalRun:
@@ -53,6 +54,8 @@ class LocalRun:
         self._records = {path: tier.read(path) for path in (layout.RUN, layout.incarnation(number))}
         self._device = tier.root.stat().st_dev
         self._progress = progress
+        self._newest_progress: Callable[[], Progress] = lambda: progress
+        self._write_at = 0.0
         self._is_unusable = False
         self._is_ended = False
         self.committed = committed
@@ -65,6 +68,13 @@ class LocalRun:
     @property
     def newest(self) -> CheckpointName | None:
         return max(self.committed.values(), default=None)
+
+    def made_step(self, progress: Callable[[], Progress]) -> None:
+        """A step is done: written down, if that was not done just before. Short steps are many, and a write is dear."""
+        self._newest_progress = progress
+        if (now := time.monotonic()) >= self._write_at:
+            self._write_at = now + _PROGRESS_EVERY_S
+            self.write_progress(progress())
 
     def write_progress(self, progress: Progress) -> None:
         self._progress = progress
@@ -271,6 +281,7 @@ class LocalRun:
         """Tell the agent how this life ended; only the first word counts. Returns whether it was told."""
         if not self._is_ended:
             self._is_ended = True
+            self.write_progress(self._newest_progress())
             try:
                 self._journal.write_outcome(outcome)
             except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spot_core.agent import local_run
 from spot_core.agent.journal import AgentStatus, Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.errors import CommitConflictError, FencedError, TierError
@@ -84,6 +85,16 @@ def life(tmp_path: Path) -> OneLife:
 def test_a_whole_folder_is_left_as_it_is(life: OneLife, caplog: pytest.LogCaptureFixture) -> None:
     life.prepare()
     assert not caplog.records
+
+
+def test_of_short_steps_the_first_and_the_last_are_written_down(life: OneLife, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write takes as long as all else that a step costs."""
+    monkeypatch.setattr(local_run, "_PROGRESS_EVERY_S", 3600.0)
+    for step in range(26, 40):
+        life.run.made_step(lambda step=step: Progress(step, step / 10, 0))  # type: ignore[misc]
+    assert life.journal.read_progress() == Progress(26, 2.6, 0)
+    life.run.end("stopped")
+    assert life.journal.read_progress() == Progress(39, 3.9, 0)
 
 
 def test_a_removed_folder_is_made_again_with_all_that_both_processes_need(
