@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lightning_spot import metrics, weights
+from lightning_spot.module_state import ModuleState
 from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.snapshot import rng
@@ -61,6 +62,7 @@ class LiveState:
     def __init__(self, trainer: Any, base: FrozenBase | None) -> None:
         self._trainer, self._base = trainer, base
         # Walks over thousands of modules, taken once: they would be most of the time that a checkpoint holds up.
+        self._module = ModuleState(trainer.lightning_module)
         self._parameters = dict(trainer.lightning_module.named_parameters())
         self._metrics = metrics.of_module(trainer.lightning_module)
         self._checked: set[str] | None = None
@@ -73,7 +75,7 @@ class LiveState:
         Raises ConfigError if the module leaves trained tensors out of its checkpoints.
         """
         trainer = self._trainer
-        live = trainer.strategy.lightning_module_state_dict()
+        live = self._module.state_dict()
         checkpoint = self._dump(live)
         if self._base is not None:
             weights.trim(checkpoint, self._base.keys(live))
@@ -152,7 +154,7 @@ class LiveState:
 
     def check_loaded(self, stored: Mapping[str, torch.Tensor]) -> None:
         """Compare live weights with those of the checkpoint, bit for bit. Raises CorruptCheckpointError naming them."""
-        live = self._trainer.strategy.lightning_module_state_dict()
+        live = self._module.state_dict()
         wrong = [key for key, tensor in stored.items() if key not in live or not _is_same(live[key], tensor)]
         if wrong:
             raise CorruptCheckpointError(

@@ -101,6 +101,8 @@ class EmergencyPath:
             is_durable=copied is not None and is_durable(copied),
         )
         self._tell(action, left_s, rescue_s)
+        if action is Action.LEAVE and copied is not None:
+            logger.warning("saving once more: a checkpoint takes %.1f s, and %.1f s are left", rescue_s, left_s)
         return action
 
     def is_last_call(self, notice: Notice | None, signalled_at: float | None, rescue_s: float) -> bool:

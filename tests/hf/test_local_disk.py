@@ -157,7 +157,7 @@ def test_kills_while_checkpoints_pass_by_a_full_disk(kills: str, tmp_path: Path,
 def test_a_preemption_on_a_full_disk_loses_no_step(term: int, tmp_path: Path, reference: JobSpec) -> None:
     with mounted(tmp_path / "small", "size=600k") as disk:
         spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
-        fill(disk / "someone else's file", leave_bytes=40_000)
+        fill(disk / "someone else's file", leave_bytes=56_000)
         preempted = live(dataclasses.replace(spec, dies=f"term:{term}"))
         assert preempted.exit_code == 75, preempted.log[-3000:]
         assert f"preempted: step {term + 1} is durable on the remote" in preempted.log
