@@ -127,7 +127,7 @@ class CoreSaver(Saver):
         state = self.state()
         files: list[NativeFile] = [
             SafetensorsFile(path="checkpoint/model.safetensors", tensors=state["model"]),
-            TorchFile(path="checkpoint/optimizer.pt", tree=state["optimizer"]),
+            TorchFile(path="checkpoint/optimizer.pt", tree=state["optimizer"], stable_keys=frozenset({"state"})),
         ]
         self._writer.submit(self._snapshotter.take(files), self._manifest(), self._done)
 

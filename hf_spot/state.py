@@ -52,7 +52,8 @@ class LiveState:
             SafetensorsFile(path=f"{native}/{path}", tensors=tensors, volatile=self._weights.volatile_keys(path))
             for path, tensors in self._weights.files.items()
         ]
-        files.append(TorchFile(path=f"{native}/optimizer.pt", tree=trainer.optimizer.state_dict()))
+        optimizer = trainer.optimizer.state_dict()
+        files.append(TorchFile(path=f"{native}/optimizer.pt", tree=optimizer, stable_keys=frozenset({"state"})))
         schedule = trainer.lr_scheduler.state_dict()
         files.append(TorchFile(path=f"{native}/scheduler.pt", tree=schedule, is_volatile=everything))
         scaler = getattr(trainer.accelerator, "scaler", None)

@@ -20,7 +20,7 @@ from lightning_spot.module_state import ModuleState
 from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.snapshot import rng
-from spot_core.snapshot.files import NativeFile, TorchFile, everything, same_bits, tensors_of
+from spot_core.snapshot.files import NativeFile, TorchFile, everything, same_bits
 from spot_core.snapshot.loading import load_inert, load_plain
 from spot_core.snapshot.rng import RngState
 
@@ -99,12 +99,13 @@ class LiveState:
             "trained": self._trained(),
             **extra,
         }
-        stable = self._stable(checkpoint["optimizer_states"])
+        stable = self._stable()
         return [
             TorchFile(
                 path=native,
                 tree=checkpoint,
                 is_volatile=lambda tensor: tensor.data_ptr() not in stable,
+                stable_keys=frozenset({"optimizer_states"}),
                 inert_keys=HYPER_PARAMETERS,
             ),
             TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything),
@@ -139,12 +140,10 @@ class LiveState:
                 "lose them. Does on_save_checkpoint remove them?"
             )
 
-    def _stable(self, optimizer_states: list[Any]) -> frozenset[int]:
-        """Data pointers of what only the optimizer step changes."""
+    def _stable(self) -> frozenset[int]:
+        """Data pointers of the weights that only the optimizer step changes."""
         groups = (group for optimizer in self._trainer.optimizers for group in optimizer.param_groups)
-        pointers = {parameter.data_ptr() for group in groups for parameter in group["params"]}
-        pointers |= {tensor.data_ptr() for state in optimizer_states for tensor in tensors_of(state)}
-        return frozenset(pointers - {0})
+        return frozenset(parameter.data_ptr() for group in groups for parameter in group["params"]) - {0}
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Gradients that live across steps: under manual optimization one optimizer may be in mid-accumulation."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from spot_core.store.overflow import PLACE, Overflow
 from spot_core.store.posix import PosixTier
@@ -16,6 +17,10 @@ from tests.disk import mounted
 from tests.faultproxy import FaultProxy
 from tests.servers import ENDPOINT, GivenS3Server, OverwritingS3Server, S3Server, TlsS3Server
 from tests.sftpserver import SftpServer
+
+# How long one example takes says nothing on a machine that does other work.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 S3_FIXTURES = {"s3_server", "s3_store"}
 

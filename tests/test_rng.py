@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ def numpy_of(state: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def read() -> RngState:
-    """As it is read before each batch; what numpy itself says must be the same."""
+    """As it is read before each batch; what Python and numpy say must be the same."""
     state = rng.capture(with_devices=False)
+    assert state.python == random.getstate()
     assert numpy_of(state.numpy) == numpy_of(tuple(np.random.get_state(legacy=True)))
     return state
 
@@ -32,11 +34,29 @@ DRAWS = {
     "normal": np.random.standard_normal,  # every second one changes no word of the generator
     "many": lambda: np.random.random_sample(2000),
     "seed": lambda: np.random.seed(7),
+    "Python's": random.random,
+    "Python's normal": lambda: random.gauss(0.0, 1.0),
+    "Python's many": lambda: random.randbytes(5000),
+    "Python's seed": lambda: random.seed(7),
 }
 
 
+def test_the_words_of_this_interpreters_generator_are_found() -> None:
+    """Elsewhere the state is read in full each time, which is slower and as right."""
+    assert rng._python._is_known
+
+
+def test_an_interpreter_that_keeps_its_words_elsewhere_is_read_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng._GlobalPython, "_OFFSET", object.__basicsize__ - 4)
+    elsewhere = rng._GlobalPython()
+    assert not elsewhere._is_known
+    for _ in range(2):
+        random.random()
+        assert elsewhere.state() == random.getstate()
+
+
 @given(st.lists(st.one_of(st.sampled_from(sorted(DRAWS)), st.integers(0, 20))))
-def test_numpys_state_is_read_anew_whenever_it_has_changed(ops: list[str | int]) -> None:
+def test_a_state_is_read_anew_whenever_it_has_changed(ops: list[str | int]) -> None:
     """A number goes back to the state that was read so many reads ago."""
     before = rng.capture(with_devices=False)
     seen = [read()]

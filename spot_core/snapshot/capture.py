@@ -118,7 +118,16 @@ class Snapshotter:
 def _freeze(file: NativeFile) -> NativeFile:
     """Copy what may change before the next optimizer step: containers, plain values, volatile tensors."""
     if isinstance(file, TorchFile):
-        return replace(file, tree=rebuild(file.tree, lambda live: _clone(live) if file.is_volatile(live) else live))
+
+        def leaf(live: torch.Tensor) -> torch.Tensor:
+            return _clone(live) if file.is_volatile(live) else live
+
+        if file.stable_keys and type(file.tree) is dict:
+            # Thousands of small dicts in an optimizer's state: copying them here would be most of the stall.
+            stable = file.stable_keys
+            tree = {key: part if key in stable else rebuild(part, leaf) for key, part in file.tree.items()}
+            return replace(file, tree=tree)
+        return replace(file, tree=rebuild(file.tree, leaf))
     if isinstance(file, SafetensorsFile) and file.volatile:
         tensors = {key: _clone(tensor) if key in file.volatile else tensor for key, tensor in file.tensors.items()}
         return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)

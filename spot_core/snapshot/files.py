@@ -64,13 +64,16 @@ def everything(tensor: torch.Tensor) -> bool:
 class TorchFile:
     """A `torch.save` file of nested dicts, lists and tuples with tensors and other values in them.
 
-    is_volatile: which of its tensors forward or backward may change. inert_keys: None if it is loaded with
-    `weights_only=True`; otherwise for `loading.load_inert`, parts of the tree that a resume does not need.
+    is_volatile: which of its tensors forward or backward may change. stable_keys: of a tree that is a dict, the parts
+    in which only the optimizer step changes anything at all, containers and numbers too: an optimizer's `state`.
+    inert_keys: None if it is loaded with `weights_only=True`; otherwise for `loading.load_inert`, parts of the tree
+    that a resume does not need.
     """
 
     path: str
     tree: Any
     is_volatile: Callable[[torch.Tensor], bool] = nothing
+    stable_keys: frozenset[str] = frozenset()
     inert_keys: frozenset[str] | None = None
 
 

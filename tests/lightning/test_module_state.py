@@ -118,6 +118,18 @@ def exchange_parameter(module: nn.Sequential) -> None:
     module[0].weight = nn.Parameter(torch.zeros(3, 2))
 
 
+def move(module: nn.Sequential) -> None:
+    module[0].weight.data = torch.ones(3, 2)
+
+
+def unset(module: nn.Sequential) -> None:
+    module[0].bias = None
+
+
+def set_again(module: nn.Sequential) -> None:
+    module[3].late = nn.Parameter(torch.ones(1))
+
+
 def add_hook(module: nn.Sequential) -> None:
     renamed(module[0])
 
@@ -127,10 +139,13 @@ def add_buffer(module: nn.Sequential) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [unfreeze, exchange, remove, rename_parameter, exchange_parameter, add_hook, add_buffer]
+    "change",
+    [unfreeze, exchange, remove, rename_parameter, exchange_parameter, move, unset, set_again, add_hook, add_buffer],
 )
 def test_what_was_changed_since_is_seen(change: Callable[[nn.Sequential], None]) -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(), nn.Linear(3, 1)))
+    module.append(nn.Module())
+    module[3].register_parameter("late", None)
     state = ModuleState(module)
     assert_same(state, module)
     change(module)
