@@ -69,13 +69,16 @@ def chaos(
     ] = 1.0,
     remote: Annotated[str | None, typer.Option(envvar="SPOT_REMOTE", help="URL of the run's folder")] = None,
     local: Annotated[str | None, typer.Option(envvar="SPOT_LOCAL", help="Folder of the local tier")] = None,
+    preempt_exit_code: Annotated[
+        int, typer.Option(metavar="CODE", envvar="SPOT_PREEMPT_EXIT_CODE", help="How the command exits when preempted")
+    ] = 75,
     seed: Annotated[int | None, typer.Option(help="Makes the moments of the kills repeatable")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Run a command through real kills until it finishes, and print what they cost.
 
     With --remote and --local the command gets them as SPOT_REMOTE and SPOT_LOCAL, and steps are counted. A command that
-    leaves by itself after a notice, with exit code 75, is run again as one that was killed.
+    leaves by itself after a notice, with exit code 75 or its own --preempt-exit-code, is run again as one that was killed.
     """
     if not 0 < time_scale < math.inf or (lives is not None and lives < 0):
         raise ConfigError("--time-scale must be above 0 and --lives 0 or more")
@@ -97,7 +100,9 @@ def chaos(
         os.environ[ENV_PREFIX + "LOCAL"] = str(Path(local).absolute())
         run_folder = Path(local).absolute() / SpotConfig(remote=remote).run
     with _server(scaled) as server:
-        report = rehearse(command, kills=kills, run_folder=run_folder, server=server)
+        report = rehearse(
+            command, kills=kills, run_folder=run_folder, server=server, preempt_exit_code=preempt_exit_code
+        )
     if as_json:
         typer.echo(json.dumps(as_dict(report)))
     else:

@@ -27,7 +27,6 @@ from spot_core.errors import ConfigError
 from spot_core.store import incarnation
 from spot_core.store.posix import PosixTier
 
-PREEMPTED = 75
 _TERMINATED = {-signal.SIGTERM, 128 + signal.SIGTERM}
 # All that a life started has it in its environment, orphans and the agent too.
 _MARK = "SPOT_CHAOS_LIFE"
@@ -40,11 +39,13 @@ def rehearse(
     kills: Sequence[PlannedKill],
     run_folder: Path | None = None,
     server: MetadataServer | None = None,
+    preempt_exit_code: int = 75,
 ) -> ChaosReport:
     """Run `command` until it finishes or fails, ending its first lives by `kills`.
 
     run_folder: the run's folder on the local tier, for the step counts and for wiping. server: announces what is
     announced, and is the metadata service of each life; without one a notice is SIGTERM to the process group.
+    preempt_exit_code: how a life that was preempted exits by itself.
     """
     if run_folder is None and any(kill.mode is Mode.INSTANCE for kill in kills):
         raise ConfigError("wiping needs the local tier's folder: pass --local (or set SPOT_LOCAL) and --remote")
@@ -52,7 +53,7 @@ def rehearse(
     while True:
         kill = kills[len(lives)] if len(lives) < len(kills) else None
         before = _newest(run_folder)
-        life = _Life(command, kill, server, has_agent=run_folder is not None)
+        life = _Life(command, kill, server, has_agent=run_folder is not None, preempt_exit_code=preempt_exit_code)
         life.run()
         is_lost = kill is not None and kill.mode is Mode.INSTANCE and life.is_preempted
         if is_lost:
@@ -79,9 +80,16 @@ class _Life:
     """
 
     def __init__(
-        self, command: Sequence[str], kill: PlannedKill | None, server: MetadataServer | None, *, has_agent: bool
+        self,
+        command: Sequence[str],
+        kill: PlannedKill | None,
+        server: MetadataServer | None,
+        *,
+        has_agent: bool,
+        preempt_exit_code: int,
     ) -> None:
         self._kill, self._server, self._has_agent = kill, server, has_agent
+        self._preempt_exit_code = preempt_exit_code
         self._mark = uuid.uuid4().hex
         environ = {**os.environ, **(server.environ if server else {}), _MARK: self._mark}
         self._began = time.monotonic()
@@ -106,13 +114,13 @@ class _Life:
 
     @property
     def is_killed(self) -> bool:
-        return self._is_struck and self.code not in {0, PREEMPTED}
+        return self._is_struck and self.code not in {0, self._preempt_exit_code}
 
     @property
     def left_preempted(self) -> bool:
         """Whether it ended by itself as a preempted run does; a signal that it does not handle ends it as well."""
         is_signalled = self._notice_s is not None and self._server is None
-        return self.code == PREEMPTED or (is_signalled and self.code in _TERMINATED)
+        return self.code == self._preempt_exit_code or (is_signalled and self.code in _TERMINATED)
 
     @property
     def is_preempted(self) -> bool:

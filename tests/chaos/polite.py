@@ -3,6 +3,7 @@
 It appends to FOLDER/lives at once, and its instance's id to FOLDER/instances; then it asks the metadata service that
 its environment names as a watcher does, and exits with 75 on a notice. --lives: finishes in the life after N. --rude:
 stays whatever is announced. --until-withdrawn: waits for a notice to be withdrawn, writes that down, and stays.
+SPOT_PREEMPT_EXIT_CODE is its code where it is set, as a training's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
         wait_until(False)
         (options.folder / "withdrawn").touch()
         time.sleep(FOREVER_S)
-    sys.exit(75)
+    sys.exit(int(os.environ.get("SPOT_PREEMPT_EXIT_CODE", "75")))
 
 
 if __name__ == "__main__":

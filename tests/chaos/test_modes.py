@@ -84,6 +84,14 @@ def test_who_hears_the_notice_leaves_before_the_deadline_and_goes_on_elsewhere(t
     assert found.err.count(f"spot: {provider}: preemption announced") == 2
 
 
+def test_a_preempted_run_may_have_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    """Chaos and the training are told by the same variable."""
+    options = ["--kill-every", "0.5", "--lives", "1", "--notice", "aws:3600"]
+    found = chaos(*options, command=[*POLITE, str(tmp_path)], SPOT_PREEMPT_EXIT_CODE="99")
+    assert (found.code, found.endings) == (0, ["preempted", "finished"]), found.err
+    assert found.lives[0]["exit_code"] == 99
+
+
 @pytest.mark.parametrize("provider", ["aws", "gcp", "azure"])
 def test_who_does_not_hear_it_is_killed_at_the_deadline(tmp_path: Path, provider: str) -> None:
     command = [*POLITE, str(tmp_path), "--rude"]
