@@ -78,7 +78,7 @@ def chaos(
     """Run a command through real kills until it finishes, and print what they cost.
 
     With --remote and --local the command gets them as SPOT_REMOTE and SPOT_LOCAL, and steps are counted. A command that
-    leaves by itself after a notice, with exit code 75 or its own --preempt-exit-code, is run again as one that was killed.
+    leaves by itself after a notice, with exit code 75 or --preempt-exit-code, is run again as one that was killed.
     """
     if not 0 < time_scale < math.inf or (lives is not None and lives < 0):
         raise ConfigError("--time-scale must be above 0 and --lives 0 or more")
