@@ -8,21 +8,21 @@ in memory.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 
 from spot_core.errors import FencedError, SpotError, TierError, is_full
 from spot_core.snapshot.capture import Snapshot, Snapshotter
+from spot_core.snapshot.digesting import DigestingFile
 from spot_core.snapshot.files import (
     NativeFile,
     SafetensorsFile,
@@ -34,8 +34,8 @@ from spot_core.snapshot.files import (
 )
 from spot_core.snapshot.loading import load_inert
 from spot_core.store import incarnation
-from spot_core.store.manifest import FileRecord, Manifest
-from spot_core.store.posix import PosixTier, write_all
+from spot_core.store.manifest import Manifest
+from spot_core.store.posix import PosixTier
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 # attempt before; returns where they have room, raises if they must not be written.
 Prepare = Callable[[Manifest, int, OSError | None], PosixTier]
 
-_CHUNK_BYTES = 4 << 20
 # A cause that is overcome and comes back is told again after this long.
 _TELL_AGAIN_S = 600.0
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ESTALE}
@@ -142,7 +141,9 @@ class CheckpointWriter:
     def _commit_to(self, tier: PosixTier, files: list[NativeFile], manifest: Manifest) -> Manifest:
         staged = tier.stage(manifest.name)
         try:
-            manifest = replace(manifest, files=tuple(self._write_file(staged, file) for file in files))
+            with contextlib.ExitStack() as opened:
+                targets = [(file.path, _write_file(staged, file, opened)) for file in files]
+                manifest = replace(manifest, files=tuple(target.durable(path) for path, target in targets))
             if self._is_first:
                 _load_back(staged, files)
                 self._is_first = False
@@ -192,21 +193,35 @@ class CheckpointWriter:
                 else "",
             )
 
-    def _write_file(self, staged: Path, file: NativeFile) -> FileRecord:
-        path = staged / file.path
-        # Never the staging folder itself: were it removed meanwhile, the files before this one would be missing.
-        for folder in reversed(Path(file.path).parents):
-            if folder != Path("."):
-                (staged / folder).mkdir(exist_ok=True)
-        with DigestingFile(path) as target:
-            if isinstance(file, SafetensorsFile):
-                ordered = {key: file.tensors[key] for key in safetensors_order(file.tensors)}
-                write_safetensors(target, ordered, file.metadata)  # type: ignore[arg-type]
-            elif isinstance(file, TorchFile):
-                torch.save(file.tree, target)  # type: ignore[arg-type]
-            else:
-                target.write(file.content())
-        return FileRecord(file.path, target.size, target.hexdigest())
+
+def _write_file(staged: Path, file: NativeFile, opened: contextlib.ExitStack) -> DigestingFile:
+    """Write one file, which is not durable yet and stays open for as long as `opened`."""
+    # Never the staging folder itself: were it removed meanwhile, the files before this one would be missing.
+    for folder in reversed(Path(file.path).parents):
+        if folder != Path("."):
+            (staged / folder).mkdir(exist_ok=True)
+    target = opened.enter_context(DigestingFile(staged / file.path))
+    if isinstance(file, SafetensorsFile):
+        ordered = {key: file.tensors[key] for key in safetensors_order(file.tensors)}
+        write_safetensors(target, ordered, file.metadata)  # type: ignore[arg-type]
+    elif isinstance(file, TorchFile):
+        with _no_second_checksum():
+            torch.save(file.tree, target)  # type: ignore[arg-type]
+    else:
+        target.write(file.content())
+    target.flush()
+    return target
+
+
+@contextlib.contextmanager
+def _no_second_checksum() -> Iterator[None]:
+    """torch.save without CRC-32, which torch.load never looks at: the manifest has a digest of each file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _DiskRefusedError(Exception):
@@ -215,50 +230,6 @@ class _DiskRefusedError(Exception):
     def __init__(self, failure: OSError) -> None:
         super().__init__(str(failure))
         self.failure = failure
-
-
-class DigestingFile:
-    """A new file that digests what is written to it and is fsynced when closed without an error.
-
-    An OSError of a write ends the block as it is: torch.save makes a RuntimeError about positions of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb", buffering=0)
-        self._digest = blake3()
-        self._error: OSError | None = None
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _CHUNK_BYTES):
-            chunk = view[start : start + _CHUNK_BYTES]
-            self._digest.update(chunk)
-            try:
-                write_all(self._file.fileno(), chunk)
-            except OSError as error:
-                self._error = error
-                raise
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def hexdigest(self) -> str:
-        return str(self._digest.hexdigest())
-
-    def __enter__(self) -> DigestingFile:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if self._error is not None:
-                raise self._error
-            if kind is None:
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
 
 
 def _cause(error: Exception | None) -> str:
