@@ -22,7 +22,6 @@ import torch
 
 from spot_core.errors import FencedError, SpotError, TierError, is_full
 from spot_core.snapshot.capture import Snapshot, Snapshotter
-from spot_core.snapshot.digesting import DigestingFile
 from spot_core.snapshot.files import (
     NativeFile,
     SafetensorsFile,
@@ -34,6 +33,7 @@ from spot_core.snapshot.files import (
 )
 from spot_core.snapshot.loading import load_inert
 from spot_core.store import incarnation
+from spot_core.store.digesting import DigestingFile
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 

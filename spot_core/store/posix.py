@@ -117,9 +117,10 @@ class PosixTier:
                 os.replace(temporary, target)
             fsync_folder(target.parent)
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
+    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
         with _translated(f"read {self.path(path)}"):
             _copy_durably(self._stored(path), target, on_bytes)
+            return digest_file(target)
 
     def size(self, path: str) -> int:
         with _translated(f"read {self.path(path)}"):

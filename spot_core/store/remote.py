@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,11 @@ from spot_core.errors import (
     shown,
 )
 from spot_core.store import folders, s3
+from spot_core.store.digesting import DigestingFile
 from spot_core.store.manifest import FileRecord
-from spot_core.store.posix import write_all
 from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES, S3
 from spot_core.store.signing import UNSIGNED, Signing
-from spot_core.store.tier import CHUNK_BYTES, RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
+from spot_core.store.tier import RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class FsspecTier:
                 f"{self.url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
             )
 
+        self._reading = threading.Lock()
         self._s3 = S3(self._fs, self._root) if is_s3 else None
         self._folders = folders.Folders(self._fs) if scheme in folders.SCHEMES else None
 
@@ -224,34 +226,41 @@ class FsspecTier:
         self._do("make", "", partial(self._folders.make, self._root))
         return partial(self._do, "remove", "", partial(self._folders.remove_empty, missing))
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
-        # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
+    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
         size = self.size(path)
-        with _translated(f"read {self.url}/{path}"), open(target, "wb", buffering=0) as file:
-            descriptor = file.fileno()
-
-            def fetch(start: int) -> None:
-                data = self._fetch(path, start, min(start + PART_BYTES, size))
-                _pwrite_all(descriptor, data, start)
-                on_bytes(len(data))
-
-            if size > PART_BYTES:
-                with ThreadPoolExecutor(PARALLEL_PARTS) as pool:
-                    list(pool.map(fetch, range(0, size, PART_BYTES)))
-            elif size:
-                data = self._fetch(path, 0, size)
-                write_all(descriptor, data)
-                on_bytes(len(data))
-            os.fsync(descriptor)
+        with _translated(f"read {self.url}/{path}"), DigestingFile(target, is_new=False) as file:
+            with contextlib.closing(self._parts(path, size)) as parts:
+                for part in parts:
+                    file.write(part)
+                    on_bytes(len(part))
+            return file.durable(path)
 
     def record(self, path: str) -> FileRecord:
-        size = self.size(path)
         digest, read = blake3(), 0
-        for start in range(0, size, CHUNK_BYTES):
-            chunk = self._fetch(path, start, min(start + CHUNK_BYTES, size))
-            digest.update(chunk)
-            read += len(chunk)
+        with contextlib.closing(self._parts(path, self.size(path))) as parts:
+            for part in parts:
+                digest.update(part)
+                read += len(part)
         return FileRecord(path, read, digest.hexdigest())
+
+    def _parts(self, path: str, size: int) -> Generator[bytes, None, None]:
+        """What is stored, in order; a few parts travel at a time, while the one before is used. To be closed."""
+        # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
+        if size <= PART_BYTES:
+            yield from [self._fetch(path, 0, size)] if size else []
+            return
+        # Of several large files each would hold its own parts in memory: those of one fill the network.
+        with self._reading, ThreadPoolExecutor(PARALLEL_PARTS) as pool:
+            coming: deque[Future[bytes]] = deque()
+            try:
+                for start in range(0, size, PART_BYTES):
+                    coming.append(pool.submit(self._fetch, path, start, min(start + PART_BYTES, size)))
+                    if len(coming) > PARALLEL_PARTS:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -294,10 +303,3 @@ def _unix_s(when: object) -> float | None:
     if isinstance(when, datetime):
         return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
     return float(when) if isinstance(when, (int, float)) else None
-
-
-def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

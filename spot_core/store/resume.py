@@ -21,7 +21,7 @@ from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier
-from spot_core.store.tier import OnBytes, Tier, check_record, check_size, digest_file
+from spot_core.store.tier import OnBytes, Tier, check_record, check_size
 
 logger = logging.getLogger(__name__)
 
@@ -253,13 +253,23 @@ def download_files(
         done += count
         on_progress(done, total)
 
-    for file, path in zip(files, targets, strict=True):
+    def copy(file: FileRecord, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            remote.download(f"{folder}/{file.path}", path, on_bytes)
+            found = remote.download(f"{folder}/{file.path}", path, on_bytes)
         except FileNotFoundError as error:
             raise CorruptCheckpointError(f"{remote.url}/{folder}/{file.path} is missing") from error
-        check_record(digest_file(path), file, f"{remote.url}/{folder}")
+        check_record(found, file, f"{remote.url}/{folder}")
+
+    # One is written to the disk while the next one travels.
+    with ThreadPoolExecutor(4) as pool:
+        copies = [pool.submit(copy, file, path) for file, path in zip(files, targets, strict=True)]
+        try:
+            for each in copies:
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def check_sizes(tier: Tier, manifest: Manifest) -> None:

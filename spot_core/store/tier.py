@@ -62,8 +62,8 @@ class Tier(Protocol):
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
         """Copy a local file into the tier. The name may hold a torn copy until this returns."""
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
-        """Copy to a local file, durably. The caller verifies. Raises FileNotFoundError."""
+    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
+        """Copy to a local file, durably; returns what arrived, for the caller to verify. Raises FileNotFoundError."""
 
     def size(self, path: str) -> int:
         """Bytes of what is stored, without reading it. Raises FileNotFoundError."""

@@ -144,8 +144,8 @@ class FaultyTier:
             lambda: _upload_half(self._inner, source, path),
         )
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> None:
-        self._plan.run(self._name, "download", path, lambda: self._inner.download(path, target, on_bytes))
+    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
+        return self._plan.run(self._name, "download", path, lambda: self._inner.download(path, target, on_bytes))
 
     def size(self, path: str) -> int:
         return self._plan.run(self._name, "size", path, lambda: self._inner.size(path))

@@ -33,13 +33,13 @@ _sync_file_range = _find_sync_file_range()
 
 
 class DigestingFile:
-    """A new file that digests what is written to it, closed at the end of its block.
+    """A file that digests what is written to it, closed at the end of its block. is_new: it must not exist.
 
     An OSError of a write ends the block as it is: torch.save makes a RuntimeError about positions of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb", buffering=0)
+    def __init__(self, path: Path, *, is_new: bool = True) -> None:
+        self._file = open(path, "xb" if is_new else "wb", buffering=0)
         self._digest = blake3()
         self._buffer = memoryview(bytearray(_GATHERED_BYTES))
         self._gathered = self._written = self._begun = 0
