@@ -222,7 +222,9 @@ def _room_for(local: PosixTier, overflow: Overflow, remote: Tier) -> FindRoom:
     """Where a download has room. Local copies that are damaged or superseded go first, if they are durable."""
 
     def find(manifest: Manifest) -> PosixTier:
-        durable = set(resume.sound_names(remote))
+        if volume.has_room(local, manifest.total_bytes):
+            return local
+        durable = set(resume.sound_names(remote))  # reads every manifest there
         pinned = {manifest.pins} if manifest.pins is not None else set()
         try:
             volume.make_room(local, manifest.total_bytes, durable=durable, pinned=pinned, replaced=manifest.name)

@@ -63,9 +63,8 @@ def make_room(
     replaced: what is to be restored; then damaged copies, its own last, may go too, while the remote holds them.
     Raises TierError (ENOSPC) if it does not fit: then it must not be begun.
     """
-    needed = needed_bytes(expected_bytes)
     deleted: list[CheckpointName] = []
-    while (free_bytes := _free_bytes(tier.root)) is not None and free_bytes < needed:
+    while not has_room(tier, expected_bytes):
         name = next(_expendable(tier, durable, pinned), None)
         if name is not None:
             retention.delete_checkpoints(tier, [name])
@@ -74,13 +73,20 @@ def make_room(
         if name is None:
             raise TierError(
                 errno.ENOSPC,
-                f"no room in {tier.url}: {megabytes(needed)} needed, {megabytes(free_bytes)} free and nothing more "
-                "there that is durable on the remote and superseded",
+                f"no room in {tier.url}: {megabytes(needed_bytes(expected_bytes))} needed, "
+                f"{megabytes(_free_bytes(tier.root) or 0)} free and nothing more there that is durable on the remote "
+                "and superseded",
             )
         deleted.append(name)
     if deleted:
         logger.info("room made in %s: %s deleted there, durable on the remote", tier.url, ", ".join(map(str, deleted)))
     return deleted
+
+
+def has_room(tier: PosixTier, expected_bytes: int) -> bool:
+    """Whether a checkpoint of about that size fits as it is."""
+    free_bytes = _free_bytes(tier.root)
+    return free_bytes is None or free_bytes >= needed_bytes(expected_bytes)
 
 
 def needed_bytes(expected_bytes: int) -> int:
