@@ -40,6 +40,7 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/stall.py --size all
+	$(BIN)/python benchmarks/storage.py --size lora --repeat 3
 
 clean:
 	rm -rf $(VENV) dist runs

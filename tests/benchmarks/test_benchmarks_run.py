@@ -71,6 +71,45 @@ def test_outage_measures_every_network_and_leaves_nothing_behind(tmp_path: Path)
     assert not list(work.iterdir())
 
 
+STORAGE_WAYS = {
+    "local commit": {
+        "CheckpointWriter",
+        "os.write, fsync",
+        "os.write, sync_file_range, fsync",
+        "torch.save, fsync",
+        "safetensors.save_file, fsync",
+    },
+    "drain": {"Drain, verified", "Drain's upload alone"},
+    "restore": {"restore, verified"},
+}
+STORAGE_CLIENTS = {"one plain HTTP request a file", "boto3", "boto3's CRT", "obstore", "s5cmd", "aws s3 cp"}
+
+
+def test_storage_measures_every_way_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One round of the tiny size: commit, drain and restore beside the clients that are installed, agent, selection."""
+    work, figures = tmp_path / "work", tmp_path / "storage.json"
+    work.mkdir()
+    arguments = ["--size", "tiny", "--repeat", "1"]
+    text = run("storage.py", *arguments, "--json", str(figures), "--folder", str(work))
+    commit, drain, restore, agent, selection = json.loads(figures.read_text())["results"]
+    for result in (commit, drain, restore):
+        rows = {row["way"]: row for row in result["rows"]}
+        wanted = STORAGE_WAYS[result["what"]]
+        assert rows.keys() == (wanted if result is commit else wanted | STORAGE_CLIENTS)
+        assert all(way in text for way in rows)
+        assert wanted | (set() if result is commit else {"boto3"}) <= {way for way in rows if not rows[way]["absent"]}
+        for row in rows.values():
+            assert row["absent"] or 0 < row["shortest_s"] <= row["seconds"] <= row["longest_s"]
+        assert result["files"] == 2 and result["bytes"] > 0
+    assert [row["what"] for row in agent["rows"]] == ["drains", "restores"]
+    assert all(row["peak_bytes"] > 0 for row in agent["rows"])
+    assert selection["manifests"] == 1200
+    looks = {row["what"]: row for row in selection["rows"]}
+    # 1,200 names are two pages: choosing lists them once.
+    assert looks["names, S3"]["lists"] == looks["newest_valid, S3, with its download"]["lists"] == 2
+    assert not list(work.iterdir())
+
+
 GOODPUT_POLICIES = {
     "adaptive",
     "fixed-500-steps",

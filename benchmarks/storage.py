@@ -1,0 +1,93 @@
+"""How fast checkpoints get to the disk, to a bucket and back: this project beside other ways, in one run.
+
+    python benchmarks/storage.py --size tiny|lora|full|all [--repeat 5] [--json FILE]
+
+The ways take turns in an order that rotates; the first round is not counted. Reported are medians:
+- local commit: the bytes of one checkpoint, durable under their final name;
+- drain and restore: the same files to an S3 server over HTTP and back;
+- agent: memory and processor time of the process that drains and restores;
+- selection: choosing among 10,000 manifests.
+The server is the one that SPOT_TEST_S3_ENDPOINT names (`python -m tests.radosgw` starts one), moto otherwise, which is
+slower than any client. Server and clients share the cores. Not measured: a real network, TLS, what a real store limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import boto3
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the servers, the proxy and the processes of the tests
+
+import storage_agent
+import storage_local
+import storage_remote
+import storage_report
+import storage_selection
+from stall_states import SHAPES
+
+from tests.servers import ENDPOINT, GivenS3Server, S3Server
+
+_MANIFESTS = {"tiny": 1_200, "lora": 10_000, "full": 10_000}
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SHAPES, "all"], default="lora")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--folder", type=Path, help="work here; default: a temporary folder")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = _parse(argv)
+    endpoint = os.environ.get(ENDPOINT)
+    for name in [name for name in os.environ if name.startswith("SPOT_")]:
+        del os.environ[name]  # they would move the checkpoints
+    logging.getLogger("spot_core").setLevel(logging.ERROR)
+    sizes = ["lora", "full"] if options.size == "all" else [options.size]
+    results: list[object] = []
+
+    def report(found: object, table: str) -> None:
+        results.append(found)
+        print(table, end="\n\n", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder, prefix="storage-")))
+        server = GivenS3Server(endpoint) if endpoint else stack.enter_context(S3Server())
+        bucket, how = server.new_bucket(), server.options
+        for size in sizes:
+            moved = storage_remote.measure(size, work / "moved", how, bucket, repeat=options.repeat)
+            for result in [storage_local.measure(size, work / "local", repeat=options.repeat), *moved]:
+                report(result, storage_report.table(result))
+            agent = storage_agent.measure(size, work / "agent", how, bucket, repeat=options.repeat)
+            report(agent, storage_agent.table(agent))
+        if server.port is not None:
+            many = _MANIFESTS[sizes[0]]
+            chosen = storage_selection.measure(many, work / "many", how, bucket, server.port, repeat=options.repeat)
+            report(chosen, storage_selection.table(chosen))
+    if options.json is not None:
+        about = {
+            "torch": torch.__version__,
+            "boto3": boto3.__version__,
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "server": endpoint or "moto",
+            "results": [asdict(result) for result in results],  # type: ignore[call-overload]
+        }
+        options.json.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
