@@ -79,7 +79,7 @@ STORAGE_WAYS = {
         "torch.save, fsync",
         "safetensors.save_file, fsync",
     },
-    "drain": {"Drain, verified", "Drain's upload alone"},
+    "drain": {"Drain, verified", "Drain's upload alone", "boto3, read back"},
     "restore": {"restore, verified"},
 }
 STORAGE_CLIENTS = {"one plain HTTP request a file", "boto3", "boto3's CRT", "obstore", "s5cmd", "aws s3 cp"}
@@ -95,7 +95,7 @@ def test_storage_measures_every_way_and_leaves_nothing_behind(tmp_path: Path) ->
     for result in (commit, drain, restore):
         rows = {row["way"]: row for row in result["rows"]}
         wanted = STORAGE_WAYS[result["what"]]
-        assert rows.keys() == (wanted if result is commit else wanted | STORAGE_CLIENTS)
+        assert rows.keys() - {"obstore, read back"} == (wanted if result is commit else wanted | STORAGE_CLIENTS)
         assert all(way in text for way in rows)
         assert wanted | (set() if result is commit else {"boto3"}) <= {way for way in rows if not rows[way]["absent"]}
         for row in rows.values():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from spot_core.errors import TierError
+from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import OnBytes
 from tests.report.conftest import Spot, everything_in, spot_process
@@ -155,9 +156,10 @@ def test_a_file_that_comes_while_downloading_is_not_replaced(
     run.commit(30, native="step-30.ckpt")
     download = PosixTier.download
 
-    def someone_else_is_faster(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> None:
-        download(tier, path, target, on_bytes)
+    def someone_else_is_faster(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
+        found = download(tier, path, target, on_bytes)
         (tmp_path / "out" / "step-30.ckpt").write_text("theirs")
+        return found
 
     monkeypatch.setattr(PosixTier, "download", someone_else_is_faster)
     assert spot("restore", run.url, "--to", tmp_path / "out").code == 2
@@ -170,11 +172,11 @@ def test_a_download_that_fails_halfway_leaves_nothing(
     run.commit(10)
     download, calls = PosixTier.download, []
 
-    def failing(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> None:
+    def failing(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
         calls.append(path)
         if len(calls) == 2:
             raise TierError("the network is gone")
-        download(tier, path, target, on_bytes)
+        return download(tier, path, target, on_bytes)
 
     monkeypatch.setattr(PosixTier, "download", failing)
     result = spot("restore", run.url, "--to", tmp_path / "out")
