@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from spot_core.snapshot import buffers, fingerprint
@@ -199,6 +200,17 @@ def test_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
     header = (tmp_path / "a.safetensors").read_bytes()
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("count", [1, 8190, 8191, 300_000, (1 << 22) + 8191 + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_is_the_one_that_stored_runs_have(count: int, dtype: torch.dtype) -> None:
+    """A word counts for itself, and as often as its place says: 1 to 8191, again and again, and anew after 1 << 22."""
+    tensor = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    words = tensor.view(torch.int32 if dtype is torch.float32 else torch.int16).long()
+    sums = words.sum().item(), (words * (torch.arange(count) % (1 << 22) % 8191 + 1)).sum().item()
+    defined = blake3(f"w|{dtype}|({count},)|{sums}".encode()).hexdigest()[:32]
+    assert fingerprint.of_tensors([("w", tensor)]) == defined
 
 
 def test_fingerprint_sees_every_bit_and_every_exchange() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from blake3 import blake3
 
-_BLOCK = 1 << 22
 _PERIOD = 8191  # prime, so that exchanged rows of ordinary widths change the weighted sum
+_BLOCK = 1 << 22  # after which the weights begin again: part of the definition, which stored runs rely on
+_ROWS = 32
 
 
 def of_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *, device: torch.device | None = None) -> str:
@@ -54,14 +55,16 @@ def _sums(tensor: torch.Tensor, device: torch.device | None) -> tuple[int, int] 
         width = {4: torch.int32, 8: torch.int64}[flat.dtype.itemsize]
     words = flat.view(width)
     device = device or words.device
-    # Parts that stay in a CPU's cache; on an accelerator each part costs launches.
-    part = _BLOCK if device.type != "cpu" else _BLOCK >> 6
-    weights = torch.arange(min(_BLOCK, words.numel()), device=device).remainder_(_PERIOD).add_(1)
-    # Accumulated on the device, where 64-bit sums wrap without loss: one transfer a tensor.
-    plain = torch.zeros((), dtype=torch.int64, device=device)
-    weighted = torch.zeros_like(plain)
-    for start in range(0, words.numel(), part):
-        block = words[start : start + part].to(device).to(torch.int64)
-        plain += block.sum()
-        weighted += block.mul_(weights[start % _BLOCK :][: block.numel()]).sum()
-    return int(plain), int(weighted)
+    # One sum for each weight, so that no element is widened to 64 bits and multiplied by itself. On the device, where
+    # they wrap without loss: one transfer a tensor. Parts that stay in a CPU's cache; elsewhere each costs launches.
+    part = _PERIOD * (_ROWS if device.type == "cpu" else _BLOCK)
+    columns = torch.zeros(min(_PERIOD, words.numel()), dtype=torch.int64, device=device)
+    for start in range(0, words.numel(), _BLOCK):
+        block = words[start : start + _BLOCK]
+        whole = block.numel() - block.numel() % _PERIOD
+        for first in range(0, whole, part):
+            rows = block[first : min(first + part, whole)].to(device).view(-1, _PERIOD)
+            columns += rows.sum(0, dtype=torch.int64)
+        columns[: block.numel() - whole] += block[whole:].to(device)
+    weights = torch.arange(1, columns.numel() + 1, device=device)
+    return int(columns.sum()), int(columns.mul_(weights).sum())
