@@ -22,7 +22,7 @@ from spot_core.cadence.interval import COPIED_BYTES_PER_S, MARGIN_S, Costs, Limi
 from spot_core.cadence.record import CadenceRecord
 from spot_core.config import SpotConfig
 from spot_core.notice.instance import Instance, wall_unix_s
-from spot_core.report.explain import sentence
+from spot_core.report.decided import sentence
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from spot_core.cadence.record import CadenceRecord
 from spot_core.config import SpotConfig
 from spot_core.notice.instance import Instance
 from spot_core.pacing import Pacer
-from spot_core.report.explain import sentence
+from spot_core.report.decided import sentence
 
 HOUR = 3600.0
 STARTED_UNIX_S = 1.8e9

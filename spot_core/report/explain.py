@@ -1,4 +1,4 @@
-"""Why the next checkpoint is due when it is: the sentence in the log, and what `spot explain` reads and prints."""
+"""Why the next checkpoint is due when it is: what `spot explain` reads and prints."""
 
 from __future__ import annotations
 
@@ -17,27 +17,15 @@ from spot_core.agent import lives
 from spot_core.agent.journal import Journal
 from spot_core.agent.lives import Life
 from spot_core.cadence.hazard import End
-from spot_core.cadence.interval import Decision
 from spot_core.cadence.record import CadenceRecord
 from spot_core.errors import ConfigError
 from spot_core.report import runs
+from spot_core.report.decided import BOUNDS, HOUR_S, every
 from spot_core.report.places import StoredRun
 from spot_core.report.status import local_run
 from spot_core.report.units import count, duration, share
 from spot_core.store.identity import check_same_run
 from spot_core.store.overflow import Overflow
-
-_HOUR_S = 3600.0
-# What each bound means, in a sentence that begins with "held".
-_BOUNDS = {
-    "one step": "at the length of a step",
-    "upload": "at what an upload takes or has waited, so that uploads do not pile up",
-    "max_overhead": "by max_overhead",
-    "min_interval_s": "by min_interval_s",
-    "max_interval_s": "by max_interval_s",
-    "interval_s": "by interval_s, which pins it",
-    "interval_steps": "by interval_steps, which pins it",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +67,6 @@ class ExplainView:
     fleet_losses: float
     fleet_hours: float
     walls_in_s: tuple[float, ...]
-
-
-def sentence(decided: Decision) -> str:
-    """One line with the numbers that an interval follows from."""
-    costs, hazard = decided.costs, decided.hazard
-    held = f", held {_BOUNDS[decided.bound]}" if decided.bound else ""
-    upload = f" + {share(costs.slowdown)} of an upload of {duration(costs.upload_s)}" if costs.upload_s else ""
-    rescued = f", {share(hazard.rescued)} of them rescued by a notice" if hazard.rescued else ""
-    return (
-        f"a checkpoint every {duration(decided.interval_s)} of training{held}. It costs "
-        f"{duration(costs.effective_s)} (stall {duration(costs.expected_stall_s)}{upload}); expected are a loss of the "
-        f"instance every {_every(hazard.losses)} (90 %: {_every(hazard.high)} to {_every(hazard.low)}){rescued}, and "
-        f"a crash every {_every(hazard.crashes)}"
-    )
 
 
 def explain(run: StoredRun, local: Path | None, *, now: float) -> ExplainView:
@@ -172,29 +146,29 @@ def explain_report(view: ExplainView) -> RenderableType:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     steps = f", about {count(view.interval_steps, 'step')}" if view.interval_steps else ""
-    held = f"\nheld {_BOUNDS[view.bound]}" if view.bound else ""
+    held = f"\nheld {BOUNDS[view.bound]}" if view.bound else ""
     grid.add_row("interval", Text(f"{duration(view.interval_s)} of training{steps}", style="bold") + held)
     grid.add_row("since the last one", f"{duration(view.since_s)} when this was recorded")
     grid.add_row("lives before", _lives(view))
     grid.add_row("this instance", f"{duration(view.age_s)} old")
     grid.add_row(
         "losses expected",
-        f"one every {_every(view.losses_per_hour)} (90 %: {_every(view.high_per_hour)} to {_every(view.low_per_hour)})",
+        f"one every {every(view.losses_per_hour)} (90 %: {every(view.high_per_hour)} to {every(view.low_per_hour)})",
     )
     grid.add_row("rescued by a notice", _rescued(view))
-    grid.add_row("crashes expected", f"one every {_every(view.crashes_per_hour)}")
+    grid.add_row("crashes expected", f"one every {every(view.crashes_per_hour)}")
     upload = "no upload measured yet"
     if view.upload_s is not None:
         upload = f"{share(view.slowdown)} of the speed lost during an upload of {duration(view.upload_s)}"
     grid.add_row("a checkpoint costs", f"{duration(view.cost_s)}: a stall of {duration(view.stall_s)}, and {upload}")
     grid.add_row(
         "best without bounds",
-        f"√(2 × {duration(view.cost_s)} × {_every(view.unrescued_per_hour)}) = {duration(view.best_s)}",
+        f"√(2 × {duration(view.cost_s)} × {every(view.unrescued_per_hour)}) = {duration(view.best_s)}",
     )
     grid.add_row("if twice as often", duration(view.at_twice_s))
     grid.add_row("if half as often", duration(view.at_half_s))
     if view.fleet_losses or view.fleet_hours:
-        fleet = f"{view.fleet_losses:.1f} losses in {duration(view.fleet_hours * _HOUR_S)} count besides the run's own"
+        fleet = f"{view.fleet_losses:.1f} losses in {duration(view.fleet_hours * HOUR_S)} count besides the run's own"
         grid.add_row("the fleet's lives", fleet)
     for wall_s in view.walls_in_s:
         grid.add_row("known end", f"in {duration(wall_s)}: a checkpoint is durable right before")
@@ -216,7 +190,3 @@ def _lives(view: ExplainView) -> str:
 def _rescued(view: ExplainView) -> str:
     needed = f"a rescue takes {duration(view.rescue_s)}, a notice comes {duration(view.lead_s)} before"
     return f"{share(view.rescued)} ({needed})" if view.can_rescue else f"not counted on: {needed}"
-
-
-def _every(per_hour: float) -> str:
-    return duration(_HOUR_S / per_hour) if per_hour > 0 else "∞"
