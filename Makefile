@@ -41,6 +41,8 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/stall.py --size all
 	$(BIN)/python benchmarks/storage.py --size lora --repeat 3
+	$(BIN)/python benchmarks/steady.py --repeat 2 --saves 30
+	$(BIN)/python benchmarks/relaunch.py --repeat 1
 
 clean:
 	rm -rf $(VENV) dist runs

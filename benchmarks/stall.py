@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.json is not None:
         about = {
             "torch": torch.__version__,
-            **under.VERSIONS,
+            **importlib.import_module(f"train_{options.trainer}").VERSIONS,
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "results": [asdict(result) for result in results],

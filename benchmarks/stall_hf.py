@@ -6,24 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import transformers
 from stall_report import Result, result
 from stall_savers import CopySaver, DcpReusingSaver, DcpSaver, Saver, TorchSaver, Training
 from stall_spot import CoreSaver, SpotHooks, SpotIdle, SpotSaver
-from stall_states import LEARNING_RATE, SHAPES, RandomTokens, make_model
+from stall_states import SHAPES, make_model
 from stall_turns import Turns
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from train_hf import TRAINER, make_trainer, quiet
+from transformers import Trainer, TrainerCallback
 
 from hf_spot import SpotCallback
-
-VERSIONS = {"transformers": transformers.__version__}
 
 
 class MeasuredSpotCallback(SpotCallback):
     """The product's callback, every hook between two optimizer steps timed."""
 
-    def __init__(self, remote: Path, local: Path) -> None:
-        super().__init__(str(remote), local=str(local))
+    def __init__(self, remote: Path, local: Path, **options: Any) -> None:
+        super().__init__(str(remote), local=str(local), **options)
         self.hooks = SpotHooks(remote)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -99,39 +97,17 @@ class Rotation(TrainerCallback):  # type: ignore[misc]
 
 def measure(size: str, folder: Path, *, repeat: int) -> Result:
     """Train one size, in a process group of one, which DCP needs."""
-    transformers.logging.set_verbosity_error()
+    quiet()
     folder.mkdir(parents=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
     try:
         turns = Turns(SAVERS, folder / "others", repeat=repeat)
-        _train(turns, size, folder)
+        spot = MeasuredSpotCallback(folder / "remote" / size, folder / "local")
+        rotation = Rotation(turns, spot.hooks)
+        model = make_model(SHAPES[size])
+        trainer = make_trainer(model, SHAPES[size], folder / "trainer", steps=turns.steps, callbacks=[rotation, spot])
+        rotation.trainer = trainer
+        trainer.train()
     finally:
         dist.destroy_process_group()
-    return result(turns, size=size, trainer="transformers.Trainer", repeat=repeat)
-
-
-def _train(turns: Turns, size: str, folder: Path) -> None:
-    """`turns.steps` steps of one epoch; the Trainer neither logs nor saves by itself."""
-    shape = SHAPES[size]
-    spot = MeasuredSpotCallback(folder / "remote" / size, folder / "local")
-    rotation = Rotation(turns, spot.hooks)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=turns.steps,
-        per_device_train_batch_size=shape.batch,
-        learning_rate=LEARNING_RATE,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = Trainer(
-        model=make_model(shape),
-        args=arguments,
-        train_dataset=RandomTokens(shape, steps=turns.steps),
-        callbacks=[rotation, spot],
-    )
-    trainer.remove_callback(PrinterCallback)
-    rotation.trainer = trainer
-    trainer.train()
+    return result(turns, size=size, trainer=TRAINER, repeat=repeat)

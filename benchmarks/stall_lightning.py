@@ -6,37 +6,31 @@ exchanged right before its hook; in all else the two rows are the same code.
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-import transformers
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from stall_report import Result, result
 from stall_savers import CopySaver, Saver, TorchSaver, Training
 from stall_spot import SpotHooks, SpotIdle, SpotSaver
-from stall_states import LEARNING_RATE, SHAPES, RandomTokens, Shape, make_model
+from stall_states import SHAPES, make_model
 from stall_turns import Turns
-from torch.utils.data import DataLoader
+from train_lightning import TRAINER, LlamaModule, make_loader, make_trainer, quiet
 
 from lightning_spot import SpotCallback
 from spot_core.data.position import DataPosition
 
-VERSIONS = {"lightning": lightning.__version__, "transformers": transformers.__version__}
 _SEAMS = ("before_batch", "weights_may_change", "batch_ends", "after_batch")
 
 
 class MeasuredSpotCallback(SpotCallback):
     """The product's callback, all that it does between two optimizer steps timed: its hooks, and before each batch."""
 
-    def __init__(self, remote: Path, local: Path) -> None:
-        super().__init__(str(remote), local=str(local))
+    def __init__(self, remote: Path, local: Path, **options: Any) -> None:
+        super().__init__(str(remote), local=str(local), **options)
         self.hooks = SpotHooks(remote)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -140,40 +134,13 @@ class Rotation(Callback):
         )
 
 
-class LlamaModule(LightningModule):
-    """The Llama with AdamW on what is trained."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.network = make_model(shape)
-
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        loss: torch.Tensor = self.network(**batch).loss
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=LEARNING_RATE)
-
-
 def measure(size: str, folder: Path, *, repeat: int) -> Result:
     """Train one size."""
-    for namespace in ("lightning.pytorch", "pytorch_lightning"):  # both log to the one imported last
-        logging.getLogger(namespace).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning", message=".*num_workers")
+    quiet()
     shape = SHAPES[size]
     turns = Turns(SAVERS, folder / "others", repeat=repeat)
     spot = MeasuredSpotCallback(folder / "remote" / size, folder / "local")
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=turns.steps,
-        callbacks=[Rotation(turns, spot.hooks), MeasuredModelCheckpoint(folder / "model_checkpoint"), spot],
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    blocks = RandomTokens(shape, steps=turns.steps)
-    trainer.fit(LlamaModule(shape), DataLoader(blocks, batch_size=shape.batch, shuffle=True))
-    return result(turns, size=size, trainer="lightning.pytorch.Trainer", repeat=repeat)
+    callbacks = [Rotation(turns, spot.hooks), MeasuredModelCheckpoint(folder / "model_checkpoint"), spot]
+    trainer = make_trainer(folder, steps=turns.steps, callbacks=callbacks)
+    trainer.fit(LlamaModule(make_model(shape)), make_loader(shape, steps=turns.steps))
+    return result(turns, size=size, trainer=TRAINER, repeat=repeat)

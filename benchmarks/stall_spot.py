@@ -16,7 +16,7 @@ from spot_core.data.position import DataPosition
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import layout
+from spot_core.store import resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -66,11 +66,14 @@ class SpotHooks:
 
     def durable(self, step: int) -> Manifest | None:
         """The manifest of the checkpoint taken at `step`, once it is on the remote."""
-        for entry in self._remote.list(layout.MANIFESTS):
-            name = layout.committed(entry)
-            if name is not None and name.step == step:
-                return Manifest.from_json(self._remote.read(layout.manifest(name)), name=name)
+        for name in resume.names(self._remote):
+            if name.step == step:
+                return resume.read_manifest(self._remote, name)
         return None
+
+    def newest_bytes(self) -> int:
+        """Size of the newest checkpoint on the remote."""
+        return resume.read_manifest(self._remote, resume.names(self._remote)[0]).total_bytes
 
 
 class SpotSaver(Saver):

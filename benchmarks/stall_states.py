@@ -7,15 +7,18 @@ parameter of a small Llama. Adam's moments are fp32 in both.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 LEARNING_RATE = 1e-4
 _VOCABULARY = 512
+_SPREAD = 0.02
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -52,20 +55,35 @@ class RandomTokens(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self._ids[index], "labels": self._ids[index]}
 
 
-def make_model(shape: Shape) -> torch.nn.Module:
-    """The Llama, the same at every call, with adapters where `shape` has a rank."""
+def make_model(shape: Shape, *, is_drawn: bool = True) -> torch.nn.Module:
+    """The Llama, the same at every call, with adapters where `shape` has a rank.
+
+    is_drawn: every weight is; otherwise one block of them is repeated, which takes a second and not ten.
+    """
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=shape.width,
-            intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=8,
-            num_key_value_heads=2 if shape.rank else 8,
-            max_position_embeddings=shape.tokens,
+    with contextlib.nullcontext() if is_drawn else no_init_weights():
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=_VOCABULARY,
+                hidden_size=shape.width,
+                intermediate_size=shape.inner,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=8,
+                num_key_value_heads=2 if shape.rank else 8,
+                max_position_embeddings=shape.tokens,
+            )
         )
-    )
+    if not is_drawn:
+        _fill(model)
     if shape.rank is None:
         return model
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=shape.rank, target_modules=_LINEAR))
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(torch.randn(parameter.shape[-1]).mul_(_SPREAD))
+        else:
+            parameter.fill_(1.0)  # a norm's

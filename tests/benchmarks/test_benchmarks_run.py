@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ WRITE_NOTHING = {"SpotCallback, no checkpoint", "memcpy"}
 
 def run(*arguments: str) -> str:
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
+    # Threads that wait for each other would take minutes where other tests use the cores.
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240, env=plain)
     assert result.returncode == 0, result.stderr[-6000:]
     return result.stdout
 
@@ -107,6 +110,44 @@ def test_storage_measures_every_way_and_leaves_nothing_behind(tmp_path: Path) ->
     looks = {row["what"]: row for row in selection["rows"]}
     # 1,200 names are two pages: choosing lists them once.
     assert looks["names, S3"]["lists"] == looks["newest_valid, S3, with its download"]["lists"] == 2
+    assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("trainer", STALL_SAVERS)
+def test_steady_measures_speed_and_memory_and_leaves_nothing_behind(trainer: str, tmp_path: Path) -> None:
+    """Two short turns and a few saves: step rates, memory of both processes, in the table and in the JSON."""
+    work, figures = tmp_path / "work", tmp_path / "steady.json"
+    work.mkdir()
+    arguments = ["--trainer", trainer, "--size", "tiny", "--seconds", "0.5", "--repeat", "2", "--saves", "12"]
+    table = run("steady.py", *arguments, "--json", str(figures), "--folder", str(work))
+    [result] = json.loads(figures.read_text())["results"]
+    assert 0 < result["lowest"] <= result["ratio"] <= result["highest"]
+    assert result["steps_per_s"] > 0 and result["bytes"] > 0
+    assert {row["process"] for row in result["memory"]} == {"trainer", "agent"}
+    for row in result["memory"]:
+        assert row["process"] in table
+        assert 0 < row["settled"] <= row["most"] and row["end"] <= row["most"] <= row["most_during"]
+    assert not list(work.iterdir())
+
+
+# Each start is a process that imports a trainer: those that differ most, one under each.
+STARTS = {"hf": "local tier", "lightning": "remote, S3"}
+
+
+@pytest.mark.parametrize("trainer", STARTS)
+def test_relaunch_measures_a_start_and_leaves_nothing_behind(trainer: str, tmp_path: Path) -> None:
+    """One round of the tiny size: each start gets as far as its first step, a row in the table and in the JSON."""
+    work, figures = tmp_path / "work", tmp_path / "relaunch.json"
+    work.mkdir()
+    arguments = ["--trainer", trainer, "--size", "tiny", "--repeat", "1", "--only", STARTS[trainer]]
+    table = run("relaunch.py", *arguments, "--json", str(figures), "--folder", str(work))
+    [result] = json.loads(figures.read_text())["results"]
+    rows = {row["start"]: row for row in result["rows"]}
+    assert rows.keys() == {"no callback", STARTS[trainer]}
+    assert result["bytes"] > 0
+    for row in rows.values():
+        assert row["start"] in table
+        assert 0 < row["call_s"] < row["start_s"] and row["ratio"] > 0
     assert not list(work.iterdir())
 
 
