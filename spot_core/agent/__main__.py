@@ -13,6 +13,7 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -170,6 +171,7 @@ def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
         watch=Watch(watched),
         hint=RebalanceHint.for_instance(instance, os.environ),
         fleet=fleet,
+        sweep=partial(opening.sweep_remote, remote, number) if request["incarnation"] is None else None,
     )
 
 

@@ -161,22 +161,23 @@ def _open_once(
     on_progress: OnProgress,
 ) -> Opened:
     # Listing first: on an object store it is what tells a missing bucket from an empty run.
-    is_any = _newest_name(local, remote, Overflow(None)) is not None
+    newest = _newest_name(local, remote, Overflow(None))
     stored = identities.read_run(remote)
     identities.check_identity(stored, identity, remote.url)
     identities.check_same_run(local, stored)
-    if is_any and stored is None:
+    if newest is not None and stored is None:
         raise ConfigError(f"{remote.url} holds checkpoints but no run.json: it is not a run's folder")
     overflow = Overflow.of(remote, stored["run_id"]) if stored is not None else Overflow(None)
     overflow.hold()  # before the look at what is there
-    newest = _newest_name(local, remote, overflow)
+    newest = max(filter(None, (newest, *overflow.names())), default=None)
     restored = _restore(local, overflow, remote, on_progress) if is_resumed else None
     _tell_unchecked(restored, remote)
     pin = _fetch_pin(restored, local, overflow, remote, on_progress)
-    tiers: list[Tier] = [tier for tier in (local, overflow.tier, remote) if tier is not None]
-    ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
-    if restored is not None and restored.manifest.name in ended:
-        return Opened(None, restored, pin, read_lives(remote), ended[restored.manifest.name], overflow)
+    if restored is not None:
+        tiers: list[Tier] = [tier for tier in (local, overflow.tier, remote) if tier is not None]
+        ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
+        if restored.manifest.name in ended:
+            return Opened(None, restored, pin, read_lives(remote), ended[restored.manifest.name], overflow)
     if not is_wanted():
         raise AgentError("the trainer ended before its life was claimed: nothing was claimed")
     number = _claim_once(local, remote, identity, started)
@@ -188,13 +189,20 @@ def _open_once(
         overflow = overflow_of(local, remote)
     for near in filter(None, (local, overflow.tier)):
         retention.sweep_orphans(near, resume.names(near), before_incarnation=number)
+    lives = [life for life in read_lives(remote) if life.incarnation < number]
+    return Opened(number, restored, pin, lives, overflow=overflow)
+
+
+def sweep_remote(remote: Tier, number: int) -> None:
+    """Delete what crashes of the lives before `number` left on the remote; that life must not drain meanwhile.
+
+    No part of opening: training need not wait for requests that free space in a bucket. Raises TierError.
+    """
     # The agent of the life right before may be between its last look at the fence and its manifest: what looks like
     # its orphan is left to the next life.
     retention.sweep_orphans(remote, resume.names(remote), before_incarnation=number - 1)
     if isinstance(remote, ObjectStore):
         remote.sweep_uploads(before_incarnation=number)
-    lives = [life for life in read_lives(remote) if life.incarnation < number]
-    return Opened(number, restored, pin, lives, overflow=overflow)
 
 
 def overflow_of(local: PosixTier, remote: Tier) -> Overflow:

@@ -56,6 +56,7 @@ class Agent:
     is_trainer_alive: asked about ten times a second. watch: for notices of a preemption. hint: of the instance's
     danger, where the provider gives one.
     fleet: with whom the record is shared, None after a restart: it knows the lives before this one.
+    sweep: called once before anything is drained, clears up after earlier lives; None after a restart.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Agent:
         watch: Watch | None = None,
         hint: RebalanceHint | None = None,
         fleet: FleetMember | None = None,
+        sweep: Callable[[], None] | None = None,
     ) -> None:
         self._local, self._remote, self._drain = local, remote, drain
         self._overflow = overflow or Overflow(None)
         self._is_trainer_alive, self._hint, self._fleet = is_trainer_alive, hint, fleet
-        self._watch = watch or Watch([])
+        self._watch, self._sweep = watch or Watch([]), sweep
         self._journal = Journal(local.root, life.incarnation, self._overflow)
         self._status = AgentStatus(pid=os.getpid())
         self._status_written = 0.0
@@ -109,6 +111,7 @@ class Agent:
 
     def _work(self) -> tuple[int, str]:
         failures = 0
+        self._clear_up()
         while True:
             outcome = self._journal.read_outcome()
             if self._trainer_ended_at is None and (outcome is not None or not self._is_trainer_alive()):
@@ -137,6 +140,13 @@ class Agent:
                 return EXIT_GAVE_UP, outcome or lives.DIED
             if not drained:
                 self._wait(failures)
+
+    def _clear_up(self) -> None:
+        if self._sweep is not None:
+            try:
+                self._sweep()
+            except (SpotError, OSError) as error:
+                logger.info("what earlier lives left on the remote stays until the next one: %s", error)
 
     def _drain_one(self) -> bool:
         self._upload_name = None

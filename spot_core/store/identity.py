@@ -31,10 +31,18 @@ class RunIdentity:
 
 def read_run(tier: Tier) -> dict[str, Any] | None:
     """The content of run.json, or None if there is none. Raises CorruptCheckpointError if it is damaged."""
+    data = _record(tier)
+    return None if data is None else _parsed(data, tier)
+
+
+def _record(tier: Tier) -> bytes | None:
     try:
-        data = tier.read(layout.RUN)
+        return tier.read(layout.RUN)
     except FileNotFoundError:
         return None
+
+
+def _parsed(data: bytes, tier: Tier) -> dict[str, Any]:
     try:
         body = json.loads(data)
         version = body["format_version"]
@@ -105,8 +113,8 @@ def create_run(local: Tier, remote: Tier, identity: RunIdentity, created: float)
 
     Raises ConfigError if the remote turns out to hold a different run.
     """
-    stored = read_run(remote)
-    if stored is None:
+    data = _record(remote)
+    if data is None:
         body = {
             "format_version": FORMAT_VERSION,
             "run_id": uuid.uuid4().hex,
@@ -118,12 +126,12 @@ def create_run(local: Tier, remote: Tier, identity: RunIdentity, created: float)
             remote.create(layout.RUN, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         except CommitConflictError:
             pass
-        stored = read_run(remote)
+        data = remote.read(layout.RUN)
+    stored = _parsed(data, remote)
     # Also when it was there already: since the last look, another run's first life may have created it.
     check_identity(stored, identity, remote.url)
-    assert stored is not None
     if read_run(local) is None:
-        local.create(layout.RUN, remote.read(layout.RUN))
+        local.create(layout.RUN, data)
     return str(stored["run_id"])
 
 

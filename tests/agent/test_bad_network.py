@@ -143,5 +143,6 @@ def test_a_life_killed_in_the_middle_of_an_upload_leaves_nothing_to_pay_for(
     for key in (f"{root}/{layout.checkpoint(ONE)}/model.bin", "another-run/checkpoints/000001-000000000010/model.bin"):
         distant._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
     assert open_run(local, distant).incarnation == 2
+    opening.sweep_remote(distant, 2)
     left = [upload["Key"] for upload in distant._fs.list_multipart_uploads(bucket)]
     assert left == ["another-run/checkpoints/000001-000000000010/model.bin"]

@@ -142,10 +142,10 @@ def test_what_crashes_of_earlier_lives_left_is_swept_on_both_tiers(local: PosixT
         commit_checkpoint(tier, TWO)
         tier.delete([layout.manifest(TWO)])
         tier.create(f"{layout.STAGING}/{CheckpointName(1, 30)}/file", b"half")
-    open_run(local, remote)
+    opening.sweep_remote(remote, open_run(local, remote).incarnation or 0)
     assert local.list(layout.CHECKPOINTS) == [str(ONE)]
     assert str(TWO) in remote.list(layout.CHECKPOINTS), "the agent of the life right before may be about to commit it"
-    open_run(local, remote)
+    opening.sweep_remote(remote, open_run(local, remote).incarnation or 0)
     for tier in (local, remote):
         assert tier.list(layout.CHECKPOINTS) == [str(ONE)]
         assert tier.list(layout.STAGING) == []

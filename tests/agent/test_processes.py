@@ -85,6 +85,18 @@ def test_a_trainer_that_dies_before_its_first_commit_leaves_an_agent_that_ends(p
     assert resume.names(place.remote) == []
 
 
+def test_what_crashes_left_on_the_remote_is_swept_before_the_first_drain(place: Place) -> None:
+    for _ in range(2):
+        trainer = place.opened()
+        trainer.kill()
+        wait_for_end(trainer)
+    place.remote.create(f"{layout.checkpoint(CheckpointName(1, 5))}/half", b"half")
+    trainer = place.opened()
+    trainer.do("commit", 10)
+    eventually(lambda: resume.names(place.remote) == [CheckpointName(3, 10)], "the checkpoint is durable")
+    assert place.remote.list(layout.CHECKPOINTS) == [str(CheckpointName(3, 10))]
+
+
 def test_the_agent_of_a_fenced_life_stops_and_says_why(place: Place) -> None:
     old = place.opened()
     new = place.trainer()

@@ -38,9 +38,12 @@ NOW = 1e9  # long after the last sign of life of any run here
 
 def open_run(local: PosixTier, remote: Tier) -> opening.Opened:
     """The start of a life: resume, claim, sweep."""
-    return opening.open_run(
+    opened = opening.open_run(
         local, remote, IDENTITY, is_resumed=True, started=1.0, timeout_s=60.0, on_progress=lambda *_: None
     )
+    if opened.incarnation is not None:
+        opening.sweep_remote(remote, opened.incarnation)
+    return opened
 
 
 def drain(local: PosixTier, remote: Tier, *, number: int = 1) -> None:

@@ -6,6 +6,7 @@ that were committed under each name, which copies were damaged from outside, and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import shutil
@@ -19,7 +20,7 @@ from spot_core.agent import lives, opening
 from spot_core.agent.drain import Drain
 from spot_core.agent.lives import Life
 from spot_core.agent.opening import Opened
-from spot_core.errors import CorruptCheckpointError
+from spot_core.errors import CorruptCheckpointError, SpotError
 from spot_core.report.places import StoredRun
 from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.identity import RunIdentity, read_run
@@ -118,7 +119,9 @@ class World:
             number = opening.claim(*tiers, IDENTITY, started=self.clock, timeout_s=60.0)
         else:
             assert_swept(local, before_incarnation=number)
-            assert_swept(self.remote, before_incarnation=number - 1)
+            with contextlib.suppress(SpotError):  # as the agent does: the next life will
+                opening.sweep_remote(tiers[1], number)
+                assert_swept(self.remote, before_incarnation=number - 1)
         job = self._job(opened, local, number)
         self._record(job, lives.RUNNING)
         return job
