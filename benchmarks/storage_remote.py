@@ -72,7 +72,7 @@ class Mover:
         def upload() -> float:
             remote, prefix = self._new_remote(), f"turn-{self._turn}/run"
             copies = [self._folder / "copies" / source.name for source in self._sources]
-            copies[0].parent.mkdir()
+            copies[0].parent.mkdir(exist_ok=True)  # a client that was refused left it
             began = time.perf_counter()
             client.put_all(self._sources, prefix)
             if is_verified:
