@@ -1,4 +1,4 @@
-"""What cadence and notices cost a step: a look in most steps, a whole decision now and then, the record's size.
+"""What a step costs in which nothing is due: the cadence's look, notices, the whole session, a batch's random state.
 
 python benchmarks/decision.py
 """
@@ -6,18 +6,27 @@ python benchmarks/decision.py
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import logging
 import random
+import tempfile
 import timeit
+
+import torch
 
 from spot_core.cadence.cadence import Cadence
 from spot_core.cadence.hazard import End, Evidence, LifeSpan
 from spot_core.cadence.interval import Costs
 from spot_core.cadence.record import CadenceRecord
+from spot_core.config import SpotConfig
 from spot_core.emergency import EmergencyPath
 from spot_core.handover import Capture
 from spot_core.notice.signals import SignalWatcher
+from spot_core.session import Session
+from spot_core.snapshot import rng
 from spot_core.stand_in import StandIn
+from spot_core.store.identity import RunIdentity
 
 _LOOKS, _REPEATS = 20_000, 5
 
@@ -52,8 +61,36 @@ def watching_us() -> float:
     return 1e6 * min(timeit.repeat(step, number=_LOOKS, repeat=_REPEATS)) / _LOOKS
 
 
+def session_us() -> float:
+    """Microseconds of all that a real session does in such a step, its agent at work beside it."""
+    with tempfile.TemporaryDirectory(prefix="decision-") as folder:
+        config = SpotConfig(remote=f"{folder}/remote/run", local=f"{folder}/local", interval_s=1e6)
+        session = Session.open(config, RunIdentity("benchmark", {}), device=torch.device("cpu"))
+        session.begin()
+        steps = itertools.count(1)
+
+        def step() -> None:
+            session.step_started()
+            session.before_optimizer_step()
+            session.step_completed(next(steps))
+            session.at_boundary(_unused)
+            session.rests(_unused)
+            session.moves()
+
+        try:
+            return 1e6 * min(timeit.repeat(step, number=_LOOKS, repeat=_REPEATS)) / _LOOKS
+        finally:
+            session.close()
+
+
+def random_state_us() -> float:
+    """Microseconds of reading all generators before a batch."""
+    looks_s = min(timeit.repeat(lambda: rng.capture(with_devices=False), number=_LOOKS, repeat=_REPEATS))
+    return 1e6 * looks_s / _LOOKS
+
+
 def _unused() -> Capture:
-    raise AssertionError("nothing was announced")
+    raise AssertionError("nothing was due")
 
 
 def main() -> None:
@@ -62,7 +99,10 @@ def main() -> None:
     for lives in (0, 10, 1_000, 100_000):
         step_us, whole_us, size = per_step_us(lives)
         print(f"{lives:6} {step_us:11.2f} {whole_us:15.1f} {size:14}")
+    logging.getLogger("spot_core").setLevel(logging.WARNING)
     print(f"\nwatching for notices: {watching_us():.2f} µs a step")
+    print(f"a session's step: {session_us():.2f} µs, with the watching and the look")
+    print(f"random state before a batch: {random_state_us():.2f} µs")
 
 
 if __name__ == "__main__":
