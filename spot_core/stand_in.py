@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from spot_core.errors import Preempted
@@ -21,6 +22,8 @@ from spot_core.notice.signals import SignalWatcher
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.25
+# A rest that lasts: in between two steps of a training that gets on there is a short one each time.
+_LONG_S = 0.5
 # What the training thread has to unwind, when it was told to.
 _UNWINDING_S = 5.0
 
@@ -35,6 +38,7 @@ class StandIn:
         self._left: Preempted | None = None
         self._closed = threading.Event()
         self.capture: Callable[[], Capture] | None = None
+        self._since = 0.0  # when the rest began
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="spot-stand-in", daemon=True).start()
@@ -44,6 +48,7 @@ class StandIn:
 
     def rests(self, capture: Callable[[], Capture]) -> None:
         """Training thread: from here on nothing that `capture` reads changes, until `moves` or a boundary."""
+        self._since = time.monotonic()
         self.capture = capture
 
     def moves(self) -> None:
@@ -64,10 +69,10 @@ class StandIn:
 
     def _watch(self) -> None:
         while not self._closed.wait(_EVERY_S):
-            if self.capture is None or not self._turn.acquire(blocking=False):
+            if not self._is_long_rest() or not self._turn.acquire(blocking=False):
                 continue
             try:
-                if self.capture is not None:
+                if self.capture is not None and self._is_long_rest():
                     self._act(self.capture)
             except Preempted as left:
                 self._left = left
@@ -79,6 +84,9 @@ class StandIn:
             if self._left is not None:
                 self._end_training(self._left)
                 return
+
+    def _is_long_rest(self) -> bool:
+        return self.capture is not None and time.monotonic() - self._since >= _LONG_S
 
     def _end_training(self, left: Preempted) -> None:
         self._signals.end_training(left)

@@ -6,6 +6,7 @@ a documented code, and what it left is bit for bit what the run without interrup
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -77,7 +78,8 @@ def test_a_signal_leaves_the_state_that_an_uninterrupted_run_had_at_that_step(
             if draw.random() > AT_THE_START:
                 wait_for(lambda life=life: "incarnation" in life.log)  # type: ignore[misc]
             time.sleep(draw.uniform(0.02, LONGEST_S))
-            os.kill(life.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it is over
+                os.kill(life.pid, signal.SIGTERM)
             result = life.result()
             if result.exit_code == 0:
                 break  # it was in the last step, or past it

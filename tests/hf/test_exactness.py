@@ -20,7 +20,7 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "plain": ({}, ["step:3", "step:14"]),
     "last step of an epoch, then its end": ({}, ["step:10", "epoch:2"]),
     "twice within one checkpoint": ({}, ["step:5", "step:5", "step:5"]),
-    "during commits": ({}, ["operation:400", "operation:610", "operation:490"]),
+    "during commits": ({}, ["operation:90", "operation:110", "operation:100"]),
     "accumulation": ({"arguments": ACCUMULATED}, ["step:3", "step:5", "epoch:2"]),
     "evaluation": ({"arguments": EVERY_FEW}, ["evaluation:3", "evaluation:9", "step:12"]),
     "evaluation at epoch end": ({"arguments": PER_EPOCH}, ["evaluation:10", "step:12", "evaluation:20"]),

@@ -26,7 +26,7 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "the end of every epoch": ({}, ["epoch:1", "epoch:2", "epoch:3"]),
     "in the middle of a step": ({}, ["backward:4", "backward:10", "backward:17"]),
     "twice within one checkpoint": ({}, ["step:5", "step:5", "step:5"]),
-    "during commits": ({}, ["operation:400", "operation:610", "operation:490"]),
+    "during commits": ({}, ["operation:90", "operation:110", "operation:100"]),
     "accumulation": ({"trainer": ACCUMULATED}, ["step:3", "step:5", "epoch:2"]),
     "accumulation, in the middle of a step": ({"trainer": ACCUMULATED}, ["backward:2", "backward:4", "backward:9"]),
     "clipped gradients, accumulation": ({"trainer": {**ACCUMULATED, **CLIPPED}}, ["step:3", "backward:6"]),
