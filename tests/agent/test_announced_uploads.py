@@ -23,7 +23,7 @@ UPLOAD_S = FILES * FILE_BYTES / UPLINK_BYTES_S
 
 @pytest.mark.parametrize(
     ("lead_s", "durable"),
-    [(1.5 * UPLOAD_S, [THIRD]), (6.0 * UPLOAD_S, [THIRD, FIRST]), (0.5 * UPLOAD_S, [THIRD, FIRST])],
+    [(1.9 * UPLOAD_S, [THIRD]), (360.0 * UPLOAD_S, [THIRD, FIRST]), (0.5 * UPLOAD_S, [THIRD, FIRST])],
     ids=["one of them fits", "both fit", "none fits whole"],
 )
 def test_an_upload_is_set_aside_only_where_that_rescues_a_newer_one(
