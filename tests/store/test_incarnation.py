@@ -110,12 +110,6 @@ def test_a_store_that_overwrites_is_told_once_and_racing_claims_still_differ(
     assert url in told[0].getMessage()
 
 
-@pytest.fixture
-def never_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine's claim would be given up for its lateness, which is another test's matter."""
-    monkeypatch.setattr(incarnation, "SETTLE_S", 3600.0)
-
-
 @pytest.mark.usefixtures("never_late")
 def test_a_store_that_ignores_the_condition_is_found_out_by_the_claim_alone(
     lenient_server: S3Server, local: PosixTier, caplog: pytest.LogCaptureFixture

@@ -215,6 +215,7 @@ def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
 # -- file systems with folders -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("never_late")
 def test_a_store_that_only_looks_before_it_writes_is_told_as_one_that_overwrites(
     sftp_server: SftpServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_store_that_only_looks_before_it_writes_is_told_as_one_that_overwrites
     assert waited == [incarnation.SETTLE_S] * 2
 
 
+@pytest.mark.usefixtures("never_late")
 def test_a_claim_that_another_was_written_over_on_sftp_is_given_up(sftp_server: SftpServer, local: PosixTier) -> None:
     tier = FsspecTier(sftp_server.new_url(), sftp_server.options)
     another = FsspecTier(tier.url, sftp_server.options)
