@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,9 +21,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import psutil
 from outage_training import STAMP
 
@@ -214,21 +214,18 @@ def table(found: Result) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, folder="work")
     parser.add_argument("--step", choices=["fixed", "cpu", "both"], default="both")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each half of a turn")
     parser.add_argument("--repeat", type=int, default=3, help="turns of each fault")
     parser.add_argument("--state", type=int, default=1_000_000, help="bytes of a checkpoint")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between checkpoints")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--folder", type=Path, help="work here; default: a temporary folder")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
-    for name in [name for name in os.environ if name.startswith("SPOT_")]:
-        del os.environ[name]
+    command_line.forget_variables()
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="outage-") as folder:
         for kind in ["fixed", "cpu"] if options.step == "both" else [options.step]:
@@ -243,9 +240,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             )
             print(table(results[-1]), end="\n\n", flush=True)
-    if options.json is not None:
-        about = {"python": platform.python_version(), "cpus": os.cpu_count(), "results": list(map(asdict, results))}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    command_line.write_figures(options.json, results)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 from relaunch_starts import PLAIN, ROOT, Starts, Times
 
 sys.path.insert(0, str(ROOT))  # the server of the tests
@@ -106,34 +104,26 @@ def table(found: Result) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, folder="work")
     parser.add_argument("--trainer", choices=["hf", "lightning"], default="hf")
     parser.add_argument("--size", choices=["tiny", "lora", "full", "all"], default="lora")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--only", nargs="+", default=[], metavar="START", help="these beside the plain one, by name")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--folder", type=Path, help="work here; default: a temporary folder")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
-    for name in [name for name in os.environ if name.startswith("SPOT_")]:
-        del os.environ[name]
+    command_line.forget_variables()
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="relaunch-") as name:
-        for size in ["lora", "full"] if options.size == "all" else [options.size]:
+        for size in command_line.sizes_of(options.size):
             folder = Path(name) / size
             results.append(measure(options.trainer, size, folder, repeat=options.repeat, only=options.only))
             print(table(results[-1]), end="\n\n", flush=True)
     if options.json is not None:
-        about = {
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")},
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")}
+        command_line.write_figures(options.json, results, **versions)
 
 
 if __name__ == "__main__":

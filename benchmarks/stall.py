@@ -16,50 +16,37 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
-import os
-import platform
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
+import command_line
 import torch
 from stall_report import table
 from stall_states import SHAPES
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, folder="write checkpoints")
     parser.add_argument("--trainer", choices=["hf", "lightning"], default="hf")
     parser.add_argument("--size", choices=[*SHAPES, "all"], default="lora")
     parser.add_argument("--repeat", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--folder", type=Path, help="write checkpoints here; default: a temporary folder")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
-    for name in [name for name in os.environ if name.startswith("SPOT_")]:
-        del os.environ[name]  # they would move the checkpoints
+    command_line.forget_variables()
     logging.getLogger("spot_core").setLevel(logging.WARNING)
     under = importlib.import_module(f"stall_{options.trainer}")  # the other trainer need not be installed
-    sizes = ["lora", "full"] if options.size == "all" else [options.size]
+    sizes = command_line.sizes_of(options.size)
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="stall-") as name:
         for size in sizes:
             results.append(under.measure(size, Path(name) / size, repeat=options.repeat))
             print(table(results[-1]), end="\n\n", flush=True)
-    if options.json is not None:
-        about = {
-            "torch": torch.__version__,
-            **importlib.import_module(f"train_{options.trainer}").VERSIONS,
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    versions = importlib.import_module(f"train_{options.trainer}").VERSIONS
+    command_line.write_figures(options.json, results, torch=torch.__version__, **versions)
 
 
 if __name__ == "__main__":

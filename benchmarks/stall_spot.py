@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from stall_savers import Saver, Training
+from stall_states import manifest_of
 
 from spot_core.cadence.cadence import Cadence
 from spot_core.data.position import DataPosition
@@ -17,7 +18,6 @@ from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
 from spot_core.store import resume
-from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 
@@ -132,7 +132,7 @@ class CoreSaver(Saver):
             SafetensorsFile(path="checkpoint/model.safetensors", tensors=state["model"]),
             TorchFile(path="checkpoint/optimizer.pt", tree=state["optimizer"], stable_keys=frozenset({"state"})),
         ]
-        self._writer.submit(self._snapshotter.take(files), self._manifest(), self._done)
+        self._writer.submit(self._snapshotter.take(files), manifest_of(self.training.step()), self._done)
 
     def gate(self) -> None:
         self._snapshotter.gate()
@@ -150,15 +150,3 @@ class CoreSaver(Saver):
 
     def _done(self, written: Written) -> None:
         self._written = written
-
-    def _manifest(self) -> Manifest:
-        return Manifest(
-            run="benchmark",
-            name=CheckpointName(1, self.training.step()),
-            epoch=0.0,
-            useful_s=0.0,
-            created=time.time(),
-            framework="transformers",
-            native="checkpoint",
-            files=(),
-        )

@@ -8,6 +8,7 @@ parameter of a small Llama. Adam's moments are fp32 in both.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
+
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import Manifest
 
 LEARNING_RATE = 1e-4
 _VOCABULARY = 512
@@ -87,3 +91,17 @@ def _fill(model: torch.nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape[-1]).mul_(_SPREAD))
         else:
             parameter.fill_(1.0)  # a norm's
+
+
+def manifest_of(step: int) -> Manifest:
+    """Of a checkpoint of one of them, but for its files."""
+    return Manifest(
+        run="benchmark",
+        name=CheckpointName(1, step),
+        epoch=0.0,
+        useful_s=0.0,
+        created=time.time(),
+        framework="transformers",
+        native="checkpoint",
+        files=(),
+    )

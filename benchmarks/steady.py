@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
-import os
-import platform
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import torch
 from stall_states import SHAPES, make_model
 from steady_course import Course, Memory
@@ -113,25 +111,22 @@ def table(found: Result) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, folder="write checkpoints")
     parser.add_argument("--trainer", choices=["hf", "lightning"], default="hf")
     parser.add_argument("--size", choices=[*SHAPES, "all"], default="lora")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a segment, and between two checkpoints")
     parser.add_argument("--repeat", type=int, default=3, help="turns of two segments")
     parser.add_argument("--saves", type=int, default=100, help="checkpoints over which memory is watched")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--folder", type=Path, help="write checkpoints here; default: a temporary folder")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
-    for name in [name for name in os.environ if name.startswith("SPOT_")]:
-        del os.environ[name]  # they would move the checkpoints
+    command_line.forget_variables()
     logging.getLogger("spot_core").setLevel(logging.WARNING)
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="steady-") as name:
-        for size in ["lora", "full"] if options.size == "all" else [options.size]:
+        for size in command_line.sizes_of(options.size):
             found = measure(
                 options.trainer,
                 size,
@@ -142,15 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             results.append(found)
             print(table(found), end="\n\n", flush=True)
-    if options.json is not None:
-        about = {
-            "torch": torch.__version__,
-            **importlib.import_module(f"train_{options.trainer}").VERSIONS,
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    versions = importlib.import_module(f"train_{options.trainer}").VERSIONS
+    command_line.write_figures(options.json, results, torch=torch.__version__, **versions)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
-import platform
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import boto3
@@ -29,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the servers, the proxy and the processes of the tests
 
+import command_line
 import storage_agent
 import storage_local
 import storage_remote
@@ -42,21 +40,18 @@ _MANIFESTS = {"tiny": 1_200, "lora": 10_000, "full": 10_000}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, folder="work")
     parser.add_argument("--size", choices=[*SHAPES, "all"], default="lora")
     parser.add_argument("--repeat", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--folder", type=Path, help="work here; default: a temporary folder")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
     endpoint = os.environ.get(ENDPOINT)
-    for name in [name for name in os.environ if name.startswith("SPOT_")]:
-        del os.environ[name]  # they would move the checkpoints
+    command_line.forget_variables()
     logging.getLogger("spot_core").setLevel(logging.ERROR)
-    sizes = ["lora", "full"] if options.size == "all" else [options.size]
+    sizes = command_line.sizes_of(options.size)
     results: list[object] = []
 
     def report(found: object, table: str) -> None:
@@ -77,16 +72,8 @@ def main(argv: list[str] | None = None) -> None:
             many = _MANIFESTS[sizes[0]]
             chosen = storage_selection.measure(many, work / "many", how, bucket, server.port, repeat=options.repeat)
             report(chosen, storage_selection.table(chosen))
-    if options.json is not None:
-        about = {
-            "torch": torch.__version__,
-            "boto3": boto3.__version__,
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "server": endpoint or "moto",
-            "results": [asdict(result) for result in results],  # type: ignore[call-overload]
-        }
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    used = {"torch": torch.__version__, "boto3": boto3.__version__, "server": endpoint or "moto"}
+    command_line.write_figures(options.json, results, **used)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from stall_states import SHAPES, make_model
+from stall_states import SHAPES, make_model, manifest_of
 from storage_report import Result, take_turns
 
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
 from spot_core.store import layout
-from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier, fsync_folder
 
@@ -63,7 +62,7 @@ class Committer:
         snapshot.ready.result()
         done: list[Written] = []
         began = time.perf_counter()
-        self._writer.submit(snapshot, self._manifest(), done.append)
+        self._writer.submit(snapshot, manifest_of(self._step), done.append)
         self._writer.wait()
         seconds = time.perf_counter() - began
         if done[0].error is not None:
@@ -73,18 +72,6 @@ class Committer:
     def close(self) -> None:
         self._writer.close()
         self._snapshotter.close()
-
-    def _manifest(self) -> Manifest:
-        return Manifest(
-            run="benchmark",
-            name=CheckpointName(1, self._step),
-            epoch=0.0,
-            useful_s=0.0,
-            created=time.time(),
-            framework="transformers",
-            native="checkpoint",
-            files=(),
-        )
 
 
 def measure(size: str, folder: Path, *, repeat: int) -> Result:
