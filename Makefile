@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Tests and kills are real processes: one worker a core.
 WORKERS ?= auto
+PYTEST_ARGS ?=
 
 .PHONY: install demo test test-s3 test-deep lint bench clean
 
@@ -23,11 +24,11 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # What uses S3, against the server that SPOT_TEST_S3_ENDPOINT names, with credentials as every AWS client finds them.
 test-s3: install
-	$(BIN)/python -m pytest -m s3 -n $(WORKERS) --dist worksteal --session-timeout 1800
+	$(BIN)/python -m pytest -m s3 -n $(WORKERS) --dist worksteal --session-timeout 1800 $(PYTEST_ARGS)
 
 # The durability tests again with many more histories, kills and damaged files: some tens of minutes.
 test-deep: install

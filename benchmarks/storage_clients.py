@@ -132,7 +132,10 @@ class Crt(Boto3):
         self._transfers.upload(str(source), self.bucket, key).result()
 
     def get(self, key: str, target: Path) -> None:
-        self._transfers.download(self.bucket, key, str(target)).result()
+        download = self._transfers.download(self.bucket, key, str(target))
+        download.result()
+        # Only then is the file renamed, in a thread that `result` does not wait for.
+        download._coordinator.wait_until_on_done_callbacks_complete()
 
 
 class Plain(Boto3):

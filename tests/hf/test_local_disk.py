@@ -79,7 +79,8 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
         wait_for(lambda: "there is room in" in life.log)
         result = life.result()
         _assert_ended_well(result, spec, reference, told=PAST_THE_DISK)
-        assert REFUSED not in result.log, result.log[-3000:]
+        # On a busy machine one may find both places of the overflow taken.
+        assert result.log.count(REFUSED) == result.log.count("checkpoints that are not drained yet"), result.log[-3000:]
         resume.verify(local, resume.read_manifest(local, resume.names(local)[0]))
         assert local.list(layout.STAGING) == []
     _assert_drained(spec)
