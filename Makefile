@@ -6,6 +6,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Tests and kills are real processes: one worker a core.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+FIGURES ?= figures
 
 .PHONY: install demo test test-s3 test-deep lint bench clean
 
@@ -39,11 +40,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Half an hour. Figures and the picture go to $(FIGURES).
 bench: install
-	$(BIN)/python benchmarks/stall.py --size all
-	$(BIN)/python benchmarks/storage.py --size lora --repeat 3
-	$(BIN)/python benchmarks/steady.py --repeat 2 --saves 30
-	$(BIN)/python benchmarks/relaunch.py --repeat 1
+	mkdir -p $(FIGURES)
+	$(BIN)/python benchmarks/stall.py --size all --json $(FIGURES)/stall-hf.json
+	$(BIN)/python benchmarks/stall.py --trainer lightning --size all --json $(FIGURES)/stall-lightning.json
+	$(BIN)/python benchmarks/storage.py --size lora --repeat 3 --json $(FIGURES)/storage.json
+	$(BIN)/python benchmarks/steady.py --repeat 2 --saves 30 --json $(FIGURES)/steady.json
+	$(BIN)/python benchmarks/relaunch.py --repeat 1 --json $(FIGURES)/relaunch.json
+	$(BIN)/python benchmarks/plot.py $(FIGURES)/stall-hf.json $(FIGURES)/stall-lightning.json $(FIGURES)/storage.json \
+		--plot $(FIGURES)/performance.png
 
 clean:
 	rm -rf $(VENV) dist runs

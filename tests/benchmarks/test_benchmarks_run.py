@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EVERY_TRAINER = {"SpotCallback", "SpotCallback, no checkpoint", "torch.save, fsync", "memcpy"}
@@ -34,6 +35,12 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+def _assert_drawn(figures: Path, *, comparisons: int) -> None:
+    picture = figures.with_suffix(".png")
+    run("plot.py", str(figures), "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(pyplot.imread(picture)) > 100 * comparisons
+
+
 @pytest.mark.parametrize("trainer", STALL_SAVERS)
 def test_stall_measures_every_saver_and_leaves_nothing_behind(trainer: str, tmp_path: Path) -> None:
     """One round of the tiny size gives each saver a positive row, in the table and in the JSON."""
@@ -52,9 +59,19 @@ def test_stall_measures_every_saver_and_leaves_nothing_behind(trainer: str, tmp_
     assert result["tensors"] > 100
     assert result["bytes"] > 0
     assert not list(checkpoints.iterdir())
+    _assert_drawn(figures, comparisons=1)
     if trainer == "lightning":
         # ModelCheckpoint stores the frozen base with every checkpoint of adapters.
         assert rows["ModelCheckpoint"]["file_bytes"] > 2 * rows["SpotCallback"]["file_bytes"]
+
+
+def test_figures_without_a_comparison_are_refused(tmp_path: Path) -> None:
+    figures, picture = tmp_path / "outage.json", tmp_path / "picture.png"
+    figures.write_text('{"results": [{"rows": []}]}')
+    command = [sys.executable, "plot.py", str(figures), "--plot", str(picture)]
+    result = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Nothing was written" in result.stderr
+    assert not picture.exists()
 
 
 def test_outage_measures_every_network_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -111,6 +128,7 @@ def test_storage_measures_every_way_and_leaves_nothing_behind(tmp_path: Path) ->
     # 1,200 names are two pages: choosing lists them once.
     assert looks["names, S3"]["lists"] == looks["newest_valid, S3, with its download"]["lists"] == 2
     assert not list(work.iterdir())
+    _assert_drawn(figures, comparisons=3)
 
 
 @pytest.mark.parametrize("trainer", STALL_SAVERS)
