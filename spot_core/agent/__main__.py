@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
+import stamina
 
 from spot_core.agent import opening
 from spot_core.agent.drain import Drain
@@ -71,23 +72,29 @@ def _send(stream: TextIO, **event: Any) -> None:
         pass  # the trainer is gone; the main loop notices
 
 
+def _events() -> TextIO:
+    """Standard output for events alone: what a library prints there goes to standard error."""
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return stream
+
+
 def main() -> int:
-    stream = sys.stdout
-    request = json.loads(sys.stdin.readline())
-    relay = _EventHandler(stream)
-    logging.getLogger("spot_core").addHandler(relay)
-    try:
-        agent = _open(request, stream)
-    except SpotError as error:
-        _send(stream, event="error", kind=type(error).__name__, message=_message(error))
-        return 1
-    except Exception as error:
-        _send(stream, event="error", kind="AgentError", message=shown(f"{type(error).__name__}: {error}"))
-        raise
-    if agent is None:
-        return 0
-    logging.getLogger("spot_core").removeHandler(relay)
-    return agent.run()
+    stamina.instrumentation.set_on_retry_hooks(())  # what passes is told by who retries, in the words of this project
+    with _events() as stream:
+        request = json.loads(sys.stdin.readline())
+        relay = _EventHandler(stream)
+        logging.getLogger("spot_core").addHandler(relay)
+        try:
+            agent = _open(request, stream)
+        except SpotError as error:
+            _send(stream, event="error", kind=type(error).__name__, message=_message(error))
+            return 1
+        except Exception as error:
+            _send(stream, event="error", kind="AgentError", message=shown(f"{type(error).__name__}: {error}"))
+            raise
+        logging.getLogger("spot_core").removeHandler(relay)
+    return agent.run() if agent is not None else 0
 
 
 def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import stamina
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -278,6 +279,7 @@ app.command("imds")(imds)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script."""
+    stamina.instrumentation.set_on_retry_hooks(())  # structlog, where it is installed, would print into the output
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow still gets its table

@@ -98,6 +98,9 @@ def test_a_wildcard_in_the_remote_is_refused(place: Place) -> None:
 
 
 def test_an_unreachable_remote_is_an_error_that_says_so_and_no_fresh_start(place: Place) -> None:
+    """Also where structlog is installed, which would print each retry to the agent's standard output."""
+    import structlog  # noqa: F401
+
     port = free_port()
     options = place.options(remote="s3://bucket/run", storage_options=s3_options(port), start_timeout_s=2)
     error = refusal(place.trainer(), **options)
