@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from storage_local import Committer
 
-from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES
+from spot_core.store.s3_files import PARALLEL_PARTS, PART_BYTES
 from tests.agent.place import Place
 from tests.agent.processes import TrainerProcess, eventually
 

@@ -22,7 +22,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.session import Session
 
-from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES
+from spot_core.store.s3_files import PARALLEL_PARTS, PART_BYTES
 
 _BLOCK_BYTES = 1 << 20
 

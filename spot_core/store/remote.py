@@ -34,7 +34,8 @@ from spot_core.errors import (
 from spot_core.store import folders, s3
 from spot_core.store.digesting import DigestingFile
 from spot_core.store.manifest import FileRecord
-from spot_core.store.s3 import PARALLEL_PARTS, PART_BYTES, S3
+from spot_core.store.s3 import S3
+from spot_core.store.s3_files import PARALLEL_PARTS, PART_BYTES
 from spot_core.store.signing import UNSIGNED, Signing
 from spot_core.store.tier import RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
 
@@ -176,7 +177,7 @@ class FsspecTier:
     def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
         if self._s3:
             with _translated(f"write {self.url}/{path}"):
-                self._s3.put_file(source, self._path(path), on_bytes)
+                self._s3.put_file(source, path, on_bytes)
             return
 
         def put() -> None:
@@ -204,6 +205,9 @@ class FsspecTier:
     def _fetch(self, path: str, start: int, end: int) -> bytes:
         if self._folders:
             return self._do("read", path, partial(self._folders.read, self._path(path), start, end))
+        if self._s3:
+            with _translated(f"read {self.url}/{path}"):
+                return self._s3.read(path, start, end)
         return self._do("read", path, lambda: bytes(self._fs.cat_file(self._path(path), start=start, end=end)))
 
     def size(self, path: str) -> int:

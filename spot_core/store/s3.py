@@ -1,7 +1,8 @@
-"""S3 through s3fs: measured settings, which errors pass by themselves, credentials that expire, unfinished uploads.
+"""S3: measured settings, which errors pass by themselves, credentials that expire, unfinished uploads.
 
-s3fs retries by itself what `is_passing` names. Until the store has answered once only botocore does, three times: the
-address may be wrong, and whoever opens the run counts the time. After that half a minute is ridden out.
+All through s3fs but the bytes of files, which `s3_files` moves. What `is_passing` names is tried again. Until the store
+has answered once only botocore does that, three times: the address may be wrong, and whoever opens the run counts the
+time. After that half a minute is ridden out.
 """
 
 from __future__ import annotations
@@ -15,18 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec.callbacks import Callback
-
 from spot_core.errors import ConfigError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
+from spot_core.store.s3_files import PART_BYTES, S3Files
 from spot_core.store.tier import OnBytes
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 16 << 20
-PARALLEL_PARTS = 4
-MAX_PARTS = 10_000
 CHECKSUM = "CRC64NVME"
 
 # Attempts of s3fs, which waits 0.1 s, then 1.7 times longer each time.
@@ -85,12 +82,14 @@ def _can_checksum(options: Mapping[str, Any]) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether `error` is one that s3fs does not know to pass by itself: the server or the way to it is in trouble."""
+    """Whether `error` passes by itself: the server or the way to it is in trouble."""
     import aiohttp
     from botocore.exceptions import ConnectionError as NoConnection
-    from botocore.exceptions import HTTPClientError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from botocore.parsers import ResponseParserError
 
-    if isinstance(error, (ConnectionError, NoConnection, HTTPClientError, aiohttp.ClientError)):
+    transport = (ConnectionError, TimeoutError, NoConnection, HTTPClientError, IncompleteReadError)
+    if isinstance(error, (*transport, ResponseParserError, aiohttp.ClientError)):
         return True
     response = getattr(error, "response", None)
     if not isinstance(response, dict):
@@ -127,6 +126,7 @@ class S3:
         set_custom_error_handler(is_passing)
         self._fs = fs
         self._bucket, _, self._prefix = root.partition("/")
+        self._files = S3Files(fs, self._bucket, is_passing)
         self._renewing = threading.Lock()
         self._large = threading.Lock()
         self._renewals = 0
@@ -157,6 +157,7 @@ class S3:
         with self._renewing:
             if self._renewals == seen:
                 self._fs.connect(refresh=True)
+                self._files.forget_credentials()
                 self._renewals += 1
         try:
             return operation()
@@ -165,28 +166,41 @@ class S3:
                 raise PermissionError(f"the credentials have expired, also when looked up again: {error}") from error
             raise
 
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (without it) of a file."""
+        return self.call(lambda: self._files.read(self._key(path), start, end))
+
     def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        """Upload in parallel parts. A failed upload is aborted by s3fs, by its own id."""
+        """Upload a file, a large one in parallel parts. What was begun and fails is aborted."""
         size = source.stat().st_size
         # Of several large files each would hold its own parts in memory: those of one fill the network.
         with self._large if size > PART_BYTES else contextlib.nullcontext():
             self._put(source, path, size, on_bytes)
 
     def _put(self, source: Path, path: str, size: int, on_bytes: OnBytes) -> None:
-        progress = _Progress(on_bytes)
-        part = max(PART_BYTES, -(-size // MAX_PARTS))
+        done = 0
+
+        def told(count: int) -> None:
+            nonlocal done
+            done += count
+            on_bytes(count)
 
         def put() -> None:
-            progress.restart()
+            if done:
+                told(-done)  # once more from the start
             try:
-                self._fs.put_file(str(source), path, callback=progress, chunksize=part, max_concurrency=PARALLEL_PARTS)
+                self._files.put(source, self._key(path), told)
             except FileNotFoundError as error:
                 # The reply to the completing request was lost, and its repetition found the upload gone.
-                if code_of(error) != "NoSuchUpload" or int(self._fs.info(path)["size"]) != size:
+                if (
+                    code_of(error) != "NoSuchUpload"
+                    or int(self._fs.info(f"{self._bucket}/{self._key(path)}")["size"]) != size
+                ):
                     raise
 
         self.call(put)
-        on_bytes(size - progress.done)
+        if done != size:
+            told(size - done)
 
     def sweep_uploads(self, before_incarnation: int) -> int:
         """Abort the unfinished uploads of this run's earlier lives; returns how many.
@@ -259,21 +273,3 @@ class S3:
             if not page.get("IsTruncated"):
                 return
             marks = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
-
-
-class _Progress(Callback):  # type: ignore[misc]
-    """Passes on how many bytes each part was."""
-
-    def __init__(self, on_bytes: OnBytes) -> None:
-        super().__init__()
-        self._on_bytes = on_bytes
-        self.done = 0
-
-    def relative_update(self, inc: int = 1) -> None:
-        self.done += inc
-        self._on_bytes(inc)
-
-    def restart(self) -> None:
-        if self.done:
-            self._on_bytes(-self.done)
-            self.done = 0

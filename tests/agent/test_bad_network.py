@@ -17,7 +17,7 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
-from spot_core.store.s3 import PART_BYTES
+from spot_core.store.s3_files import PART_BYTES
 from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.invariants import assert_run_invariants
 from tests.agent.draining import ONE, TWO, drain_all, make_drain

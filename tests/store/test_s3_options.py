@@ -16,7 +16,7 @@ from spot_core.errors import ConfigError, TierDeniedError, TierError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.remote import FsspecTier
-from spot_core.store.s3 import PART_BYTES
+from spot_core.store.s3_files import PART_BYTES
 from tests.faultproxy import UNREACHABLE, FaultProxy, Request
 from tests.servers import GivenS3Server, S3Server, TlsS3Server
 

@@ -1,0 +1,156 @@
+"""Files to and from S3, in parts and in threads, with botocore's own client.
+
+s3fs moves every byte in one thread, its event loop: there signing, TLS and copying wait for each other. Here each part
+has a thread, in which all of that lets go of the interpreter. Options, retries and errors are those of the
+S3FileSystem, which begins and ends uploads and does everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import stamina
+
+from spot_core.store.tier import OnBytes
+
+PART_BYTES = 16 << 20
+PARALLEL_PARTS = 4
+_MAX_PARTS = 10_000
+
+_T = TypeVar("_T")
+
+
+class S3Files:
+    """Files in one bucket. fs: an S3FileSystem. is_passing: which errors are worth another attempt.
+
+    Threads may share it. Raises what s3fs raises (FileNotFoundError, PermissionError, OSError), caused by botocore's.
+    """
+
+    def __init__(self, fs: Any, bucket: str, is_passing: Callable[[Exception], bool]) -> None:
+        self._fs, self._bucket, self._is_passing = fs, bucket, is_passing
+        self._making = threading.Lock()
+        self._made: Any = None
+
+    def forget_credentials(self) -> None:
+        """Look them up again at the next request."""
+        self._made = None
+
+    def read(self, key: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (without it) of an object, fewer where it is shorter."""
+        which = f"bytes={start}-{end - 1}"
+        return self._request("get_object", lambda reply: bytes(reply["Body"].read()), Key=key, Range=which)
+
+    def put(self, source: Path, key: str, on_bytes: OnBytes) -> None:
+        """Upload a file; on_bytes is told of each part. What was begun and fails is aborted by its own id."""
+        size = source.stat().st_size
+        part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
+        if size <= part_bytes:
+            self._request("put_object", lambda _: None, Key=key, Body=source.read_bytes())
+            on_bytes(size)
+            return
+        which = {"Bucket": self._bucket, "Key": key}
+        which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
+        try:
+            parts = self._put_parts(source, size, part_bytes, which, on_bytes)
+            self._fs.call_s3("complete_multipart_upload", **which, MultipartUpload={"Parts": parts})
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._fs.call_s3("abort_multipart_upload", **which)
+            raise
+
+    def _put_parts(
+        self, source: Path, size: int, part_bytes: int, which: dict[str, str], on_bytes: OnBytes
+    ) -> list[dict[str, Any]]:
+        has_failed = threading.Event()
+
+        def put(number: int) -> tuple[dict[str, Any], int]:
+            with open(source, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
+            what = {**which, "PartNumber": number, "Body": data}
+            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not has_failed.is_set(), **what)
+            return {"PartNumber": number, "ETag": etag}, len(data)
+
+        pool = ThreadPoolExecutor(PARALLEL_PARTS)
+        parts = []
+        try:
+            for coming in [pool.submit(put, number) for number in range(1, -(-size // part_bytes) + 1)]:
+                part, count = coming.result()
+                parts.append(part)
+                on_bytes(count)
+        except BaseException:
+            has_failed.set()
+            raise
+        finally:
+            # What is on its way then is not waited for: something else may have to be uploaded before an announced end.
+            pool.shutdown(wait=False, cancel_futures=True)
+        return parts
+
+    def _request(
+        self,
+        operation: str,
+        use: Callable[[Any], _T],
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+        **parameters: Any,
+    ) -> _T:
+        """One request, with what the user's options add to it, repeated while its errors pass and it is wanted."""
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        attempts = stamina.retry_context(
+            lambda error: is_wanted() and self._is_passing(error),
+            attempts=self._fs.retries,
+            timeout=None,
+            wait_initial=0.1,
+            wait_exp_base=1.7,
+            wait_max=15.0,
+            wait_jitter=0.0,
+        )
+        try:
+            for attempt in attempts:
+                with attempt:
+                    client = self._client()
+                    more = _additions(self._fs, client, operation)
+                    return use(getattr(client, operation)(**{"Bucket": self._bucket, **more, **parameters}))
+        except ClientError as error:
+            raise translate_boto_error(error) from error
+        raise AssertionError("stamina re-raises the last error")
+
+    def _client(self) -> Any:
+        with self._making:
+            if self._made is None:
+                self._made = _make_client(self._fs)
+            return self._made
+
+
+def _make_client(fs: Any) -> Any:
+    """A client with the options of an S3FileSystem, as `S3FileSystem.set_session` passes them on."""
+    import botocore.session
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    fs.connect()
+    session = botocore.session.Session(**fs.kwargs)
+    # What it has read of S3's interface: a fifth of a second of parsing.
+    session.register_component("data_loader", fs.session.get_component("data_loader"))
+    config = {name: value for name, value in fs.config_kwargs.items() if name in Config.OPTION_DEFAULTS}
+    keys = {"aws_access_key_id": fs.key, "aws_secret_access_key": fs.secret, "aws_session_token": fs.token}
+    options = {**keys, "endpoint_url": fs.endpoint_url, "use_ssl": fs.use_ssl, **fs.client_kwargs}
+    if fs.anon:
+        config["signature_version"] = UNSIGNED
+        options = {name: value for name, value in options.items() if name not in keys}
+    return session.create_client("s3", config=Config(**config), **options)
+
+
+def _additions(fs: Any, client: Any, operation: str) -> dict[str, Any]:
+    """What the user's options say for every request, as far as this one takes it."""
+    name = client.meta.method_to_api_mapping[operation]
+    taken = client.meta.service_model.operation_model(name).input_shape.members
+    return {key: value for key, value in {**fs.s3_additional_kwargs, **fs.req_kw}.items() if key in taken}
