@@ -6,7 +6,6 @@ import dataclasses
 import io
 import pickle
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 import torch
 
 from tests.hf.job import JobSpec
-from tests.lives.hostile import Command, forge, marker, newest_of, tiers_of
-from tests.lives.lives import live, wait_for
+from tests.lives.hostile import Command, begin, forge, marker, newest_of, tiers_of
+from tests.lives.lives import live
 from tests.trees import tree
 
 __all__ = ["marker"]
@@ -29,17 +28,11 @@ def saved(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def begin(spec: JobSpec) -> JobSpec:
-    """One life, killed, whose agent has drained everything."""
-    assert live(dataclasses.replace(spec, dies="step:12")).exit_code == -signal.SIGKILL
-    life = Path(spec.folder, "remote/job/lives/000001.json")
-    wait_for(lambda: '"died"' in life.read_text(), timeout_s=120)
-    return spec
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
-    return begin(JobSpec(folder=str(tmp_path_factory.mktemp("begun") / "job")))
+    spec = JobSpec(folder=str(tmp_path_factory.mktemp("begun") / "job"))
+    begin(spec)
+    return spec
 
 
 @pytest.fixture
@@ -118,7 +111,8 @@ def test_with_a_key_no_manifest_of_a_stranger_vouches_for_anything(tmp_path: Pat
     key_file.write_text(KEY)
     key_file.chmod(0o600)
     options = {"signing_key_file": str(key_file)}
-    spec = begin(JobSpec(folder=str(tmp_path / "job"), options=options))
+    spec = JobSpec(folder=str(tmp_path / "job"), options=options)
+    begin(spec)
     bad = newest_of(spec)
     forge(spec, READ["optimizer"][0](marker))
     result = live(spec)

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import pickle
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 import torch
 
 from tests.lightning.job import JobSpec
-from tests.lives.hostile import Command, forge, marker, newest_of, stored_file
-from tests.lives.lives import live, wait_for
+from tests.lives.hostile import Command, begin, forge, marker, newest_of, stored_file
+from tests.lives.lives import live
 from tests.trees import tree
 
 __all__ = ["marker"]
@@ -30,11 +29,8 @@ def saved(content: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
-    """One life, killed, whose agent has drained everything."""
     spec = JobSpec(folder=str(tmp_path_factory.mktemp("begun") / "job"))
-    assert live(dataclasses.replace(spec, dies="step:12")).exit_code == -signal.SIGKILL
-    life = Path(spec.folder, "remote/job/lives/000001.json")
-    wait_for(lambda: '"died"' in life.read_text(), timeout_s=120)
+    begin(spec)
     return spec
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import digest_file
 from tests.lives.job import LifeSpec
+from tests.lives.lives import live, wait_for
 
 
 class Command:
@@ -32,6 +34,21 @@ def assert_works(marker: Path) -> None:
     pickle.loads(pickle.dumps(Command(marker)))
     assert marker.exists()
     marker.unlink()
+
+
+def begin(spec: LifeSpec) -> None:
+    """A life that stores something and is killed, and its agent has drained everything.
+
+    On a busy machine a life may die before it has stored anything: then another one begins afresh.
+    """
+    _, remote = tiers_of(spec)
+    for number in range(1, 6):
+        assert live(replace(spec, dies="step:12")).exit_code == -signal.SIGKILL
+        record = remote.path(layout.life(number))
+        wait_for(lambda: '"died"' in record.read_text(), timeout_s=120)  # noqa: B023
+        if resume.names(remote):
+            return
+    raise AssertionError("none of five lives stored a checkpoint in twelve steps")
 
 
 def tiers_of(spec: LifeSpec) -> tuple[PosixTier, PosixTier]:
