@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # A module that takes these from nn.Module, and has no hooks, has nothing but its parameters, buffers and children in
 # its state dict.
@@ -29,7 +30,7 @@ class ModuleState:
 
     def state_dict(self) -> dict[str, Any]:
         """Equal to `module.state_dict()`: the same keys in the same order, tensors that share the live memory."""
-        if self._sizes != list(map(len, self._containers)) or self._children != self._present_children():
+        if self._has_new_hooks() or self._has_other_members():
             self._find()
         try:
             return self._read()
@@ -39,12 +40,22 @@ class ModuleState:
 
     def _find(self) -> None:
         self._parts: list[_Places | _Asked] = []
+        self._hooks: list[Mapping[int, Any]] = []
+        self._hooks_ever = RemovableHandle.next_id
         self._containers: list[Mapping[str, Any]] = []
         self._parents: list[Mapping[str, nn.Module | None]] = []
         self._unset: list[tuple[Mapping[str, Any], str]] = []
         self._add(self._module, "")
         self._sizes = list(map(len, self._containers))
         self._children = self._present_children()
+
+    def _has_new_hooks(self) -> bool:
+        # Every hook of any module gets the next number: without a new one none of the thousands of dicts is looked at.
+        before, self._hooks_ever = self._hooks_ever, RemovableHandle.next_id
+        return self._hooks_ever != before and any(self._hooks)
+
+    def _has_other_members(self) -> bool:
+        return self._sizes != list(map(len, self._containers)) or self._children != self._present_children()
 
     def _present_children(self) -> list[nn.Module | None]:
         return list(chain.from_iterable(map(dict.values, self._parents)))  # type: ignore[arg-type]
@@ -59,10 +70,10 @@ class ModuleState:
 
     def _add(self, module: nn.Module, prefix: str) -> None:
         hooks = [getattr(module, name) for name in _HOOKS]
-        self._containers += hooks
         if any(hooks) or not _is_plain(module):
             self._parts.append(_Asked(module, prefix))
             return
+        self._hooks += hooks
         self._containers += [module._parameters, module._buffers, module._modules]
         self._add_places(module, prefix)
         if module._modules:

@@ -31,6 +31,8 @@ SPOT_STATE = "spot_state.pt"
 HYPER_PARAMETERS = frozenset(
     f"{owner}{part}" for owner in ("", "datamodule_") for part in ("hyper_parameters", "hparams_name", "hparams_type")
 )
+# Of `spot_state.pt`: lists of names that are made anew where they change.
+_NEVER_CHANGED = frozenset({"absent", "trained"})
 _NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -65,7 +67,7 @@ class LiveState:
         self._module = ModuleState(trainer.lightning_module)
         self._parameters = dict(trainer.lightning_module.named_parameters())
         self._metrics = metrics.of_module(trainer.lightning_module)
-        self._checked: set[str] | None = None
+        self._absent: tuple[set[str], list[str]] = (set(), [])
         if base is not None:
             base.training_starts()
 
@@ -81,8 +83,7 @@ class LiveState:
             weights.trim(checkpoint, self._base.keys(live))
         if position.before_fetch is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = position.before_fetch.states
-        absent = live.keys() - checkpoint[weights.WEIGHTS[0]].keys()
-        self._check_complete(absent)
+        absent = self._checked(live.keys() - checkpoint[weights.WEIGHTS[0]].keys())
         own = {
             "format": 1,
             "batches": position.batches,
@@ -90,7 +91,7 @@ class LiveState:
             "loaders": position.loaders,
             "step": rng.to_portable(position.step),
             "ahead": rng.to_portable(position.before_fetch.random) if position.before_fetch is not None else None,
-            "absent": sorted(absent),
+            "absent": absent,
             "epoch": trainer.fit_loop.epoch_progress.current.processed,
             "accumulate": trainer.accumulate_grad_batches,
             "should_stop": trainer.should_stop and not position.is_end,
@@ -108,7 +109,7 @@ class LiveState:
                 stable_keys=frozenset({"optimizer_states"}),
                 inert_keys=HYPER_PARAMETERS,
             ),
-            TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything),
+            TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything, stable_keys=_NEVER_CHANGED),
         ]
 
     def verify_base(self) -> None:
@@ -129,16 +130,21 @@ class LiveState:
     def _trained(self) -> list[str]:
         return [name for name, parameter in self._parameters.items() if parameter.requires_grad]
 
-    def _check_complete(self, absent: set[str]) -> None:
-        if absent == self._checked:
-            return
-        self._checked = absent
-        lost = sorted(absent & set(self._trained()))
+    def _checked(self, absent: set[str]) -> list[str]:
+        """The names in order. Raises ConfigError if one of them is trained."""
+        known, names = self._absent
+        if absent == known:
+            return names
+        names = sorted(absent)
+        trained = set(self._trained())
+        lost = [name for name in names if name in trained]
         if lost:
             raise ConfigError(
                 f"{len(lost)} trained tensors are not part of the checkpoint: {', '.join(lost[:5])}. A resume would "
                 "lose them. Does on_save_checkpoint remove them?"
             )
+        self._absent = absent, names
+        return names
 
     def _stable(self) -> frozenset[int]:
         """Data pointers of the weights that only the optimizer step changes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Where a checkpoint may hold the module's weights. The second is WeightAveraging's, whose average is in the first.
 WEIGHTS = ("state_dict", "current_model_state")
+
+_IS_TRAINED = attrgetter("requires_grad")
 
 
 class FrozenBase:
@@ -36,6 +39,7 @@ class FrozenBase:
         self.fingerprint = fingerprint.of_digests(self._digests)
         self._owners: dict[str, str] = {}  # key of the state dict -> the parameter it holds, or a part of
         self._known: frozenset[str] = frozenset()  # keys that were looked at
+        self._held: tuple[list[Any], set[str]] = ([], set())  # what was under the owners' keys, and which keys hold it
         self._verified = 0
 
     @classmethod
@@ -55,6 +59,7 @@ class FrozenBase:
         moved = [name for name in self._parameters if self._digests[name] != self._digest(name)]
         for name in moved:
             del self._parameters[name]
+        self._held = [], set()
         self._verified += 1
         if not moved:
             return
@@ -72,9 +77,24 @@ class FrozenBase:
         """
         if state_dict.keys() != self._known:
             self._owners, self._known = self._find_owners(state_dict), frozenset(state_dict)
-        for name in [name for name, p in self._parameters.items() if p.requires_grad or _mark(p) != self._marks[name]]:
-            del self._parameters[name]  # unfrozen, or written to in place
-        return {key for key, name in self._owners.items() if self._is_held(state_dict[key], key, name)}
+        changed = self._let_go_of_changed()
+        values = list(map(state_dict.__getitem__, self._owners))
+        seen, held = self._held
+        if changed or len(values) != len(seen) or not all(map(is_, values, seen)):
+            held = {key for key, name in self._owners.items() if self._is_held(state_dict[key], key, name)}
+            self._held = values, held
+        return held
+
+    def _let_go_of_changed(self) -> bool:
+        """Forget what was unfrozen or written to in place; returns whether there was any."""
+        parameters = self._parameters.values()
+        is_as_marked = list(map(_mark, parameters)) == [self._marks[name] for name in self._parameters]
+        if is_as_marked and not any(map(_IS_TRAINED, parameters)):
+            return False
+        for name, parameter in list(self._parameters.items()):
+            if parameter.requires_grad or _mark(parameter) != self._marks[name]:
+                del self._parameters[name]
+        return True
 
     def _find_owners(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
         by_pointer = {p.data_ptr(): name for name, p in self._parameters.items() if p.data_ptr()}
