@@ -11,9 +11,7 @@ import contextlib
 import glob
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 from blake3 import blake3
 
+from spot_core.bounded import in_order
 from spot_core.errors import (
     CommitConflictError,
     CommitUnknownError,
@@ -253,18 +252,11 @@ class FsspecTier:
         if size <= PART_BYTES:
             yield from [self._fetch(path, 0, size)] if size else []
             return
+        starts = range(0, size, PART_BYTES)
+        fetches = (partial(self._fetch, path, start, min(start + PART_BYTES, size)) for start in starts)
         # Of several large files each would hold its own parts in memory: those of one fill the network.
-        with self._reading, ThreadPoolExecutor(PARALLEL_PARTS) as pool:
-            coming: deque[Future[bytes]] = deque()
-            try:
-                for start in range(0, size, PART_BYTES):
-                    coming.append(pool.submit(self._fetch, path, start, min(start + PART_BYTES, size)))
-                    if len(coming) > PARALLEL_PARTS:
-                        yield coming.popleft().result()
-                while coming:
-                    yield coming.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with self._reading, contextlib.closing(in_order(fetches, at_once=PARALLEL_PARTS)) as parts:
+            yield from parts
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:

@@ -11,13 +11,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import stamina
 
+from spot_core.bounded import in_order
 from spot_core.store.tier import OnBytes
 
 PART_BYTES = 16 << 20
@@ -68,28 +69,25 @@ class S3Files:
     def _put_parts(
         self, source: Path, size: int, part_bytes: int, which: dict[str, str], on_bytes: OnBytes
     ) -> list[dict[str, Any]]:
-        has_failed = threading.Event()
+        is_over = threading.Event()
 
         def put(number: int) -> tuple[dict[str, Any], int]:
             with open(source, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
             what = {**which, "PartNumber": number, "Body": data}
-            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not has_failed.is_set(), **what)
+            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
             return {"PartNumber": number, "ETag": etag}, len(data)
 
-        pool = ThreadPoolExecutor(PARALLEL_PARTS)
+        numbers = range(1, -(-size // part_bytes) + 1)
         parts = []
         try:
-            for coming in [pool.submit(put, number) for number in range(1, -(-size // part_bytes) + 1)]:
-                part, count = coming.result()
+            for part, count in in_order((partial(put, number) for number in numbers), at_once=PARALLEL_PARTS):
                 parts.append(part)
                 on_bytes(count)
-        except BaseException:
-            has_failed.set()
-            raise
         finally:
-            # What is on its way then is not waited for: something else may have to be uploaded before an announced end.
-            pool.shutdown(wait=False, cancel_futures=True)
+            # What is on its way after a failure is not waited for: before an announced end something else may have to
+            # be uploaded.
+            is_over.set()
         return parts
 
     def _request(
