@@ -24,6 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_spot.identity import check_supported, device_of, run_identity, versions
 from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
+from spot_core.agent.client import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint, expected_bytes
@@ -146,16 +147,18 @@ def _train_protected(
 
 def _open(config: SpotConfig, trainer: Trainer) -> tuple[Session, str | None]:
     """The session, and the fingerprint of the model's frozen base if it has one."""
-    identity, base_fingerprint = run_identity(trainer)
-    trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
-    session = Session.open(
-        config,
-        identity,
-        device=device_of(trainer),
-        state_bytes=expected_bytes(live_weights(trainer.model).bytes, trained_bytes),
-        versions=versions(),
-        base_fingerprint=base_fingerprint,
-    )
+    with EarlyAgent(config) as early:
+        identity, base_fingerprint = run_identity(trainer)
+        trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
+        session = Session.open(
+            config,
+            identity,
+            device=device_of(trainer),
+            state_bytes=expected_bytes(live_weights(trainer.model).bytes, trained_bytes),
+            versions=versions(),
+            base_fingerprint=base_fingerprint,
+            early=early,
+        )
     return session, base_fingerprint
 
 

@@ -21,6 +21,7 @@ from lightning_spot.metrics import PendingMetrics
 from lightning_spot.namespaces import is_own
 from lightning_spot.state import BeforeFetch, LiveState, Position, first_batch
 from lightning_spot.weights import FrozenBase
+from spot_core.agent.client import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.data.loaders import LoaderPositions
 from spot_core.errors import ConfigError, CorruptCheckpointError
@@ -58,18 +59,20 @@ class ProtectedFit:
         trainer = self._trainer
         module = trainer.lightning_module
         config = self._config if is_resumed else replace(self._config, resume=False)
-        self._base = FrozenBase.of(module, trainer.strategy.root_device) if config.trainable_only else None
-        sizes = [(p.numel() * p.dtype.itemsize, p.requires_grad) for p in module.parameters()]
-        stored_bytes = sum(size for size, is_trained in sizes if is_trained or self._base is None)
-        base_fingerprint = self._base.fingerprint if self._base else None
-        self._session = Session.open(
-            config,
-            run_identity(trainer, self._base),
-            device=trainer.strategy.root_device,
-            state_bytes=expected_bytes(stored_bytes, sum(size for size, is_trained in sizes if is_trained)),
-            versions=versions(trainer),
-            base_fingerprint=base_fingerprint,
-        )
+        with EarlyAgent(config) as early:
+            self._base = FrozenBase.of(module, trainer.strategy.root_device) if config.trainable_only else None
+            sizes = [(p.numel() * p.dtype.itemsize, p.requires_grad) for p in module.parameters()]
+            stored_bytes = sum(size for size, is_trained in sizes if is_trained or self._base is None)
+            base_fingerprint = self._base.fingerprint if self._base else None
+            self._session = Session.open(
+                config,
+                run_identity(trainer, self._base),
+                device=trainer.strategy.root_device,
+                state_bytes=expected_bytes(stored_bytes, sum(size for size, is_trained in sizes if is_trained)),
+                versions=versions(trainer),
+                base_fingerprint=base_fingerprint,
+                early=early,
+            )
         if self._session.resume is not None:
             self._session.resume.check_base(base_fingerprint)
         return self._session.resume

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from spot_core.agent import lives
-from spot_core.agent.client import AgentClient, OpenedRun
+from spot_core.agent.client import AgentClient, EarlyAgent, OpenedRun
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
@@ -94,14 +94,15 @@ class Session:
         state_bytes: int = 0,
         versions: Mapping[str, str] | None = None,
         base_fingerprint: str | None = None,
+        early: EarlyAgent | None = None,
     ) -> Session:
         """Start the agent, which checks the place, restores the newest valid checkpoint and claims a life.
 
-        state_bytes: expected size of a checkpoint, to refuse a local folder that cannot hold one.
+        state_bytes: expected size of a checkpoint, to refuse a local folder too small for one. early: started before.
         Raises ConfigError, TierError, TierDeniedError, CorruptCheckpointError: training must not start.
         """
         make_visible()
-        client = AgentClient(config, identity)
+        client = AgentClient(config, identity, early)
         check_usable(client.run_folder, state_bytes, elsewhere_bytes=room_bytes())
         logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, shown(config.remote))
         for level, sentence in describe_place(client.run_folder, config.remote):
@@ -339,10 +340,8 @@ class Session:
         if self._checkpoints is not None:
             self._checkpoints.close()
         self._snapshotter.close()
-        if isinstance(error, FencedError):
-            self._end(lives.FENCED)
-        else:
-            self._end(lives.FAILED if isinstance(error, Exception) else lives.STOPPED)
+        ended = lives.FAILED if isinstance(error, Exception) else lives.STOPPED
+        self._end(lives.FENCED if isinstance(error, FencedError) else ended)
         if self._client.incarnation is None:
             self._client.dismiss()
         if self._local is not None:

@@ -1,6 +1,7 @@
 """Entry point of the agent process: one JSON request on standard input, events on standard output until opened.
 
-The request comes on standard input, never in arguments or the environment: it holds storage options and signing keys.
+Its arguments are the schemes of the URLs in the request, whose file systems are loaded while it is waited for. The
+request comes on standard input, never in arguments or the environment: it holds storage options and signing keys.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
-from spot_core.store.tier import Tier, open_tier
+from spot_core.store.tier import Tier, open_tier, preload
 
 
 class _EventHandler(logging.Handler):
@@ -82,7 +83,12 @@ def _events() -> TextIO:
 def main() -> int:
     stamina.instrumentation.set_on_retry_hooks(())  # what passes is told by who retries, in the words of this project
     with _events() as stream:
-        request = json.loads(sys.stdin.readline())
+        for scheme in sys.argv[1:]:
+            preload(scheme)
+        line = sys.stdin.readline()
+        if not line:
+            return 0  # the trainer ended before it knew what to ask for
+        request = json.loads(line)
         relay = _EventHandler(stream)
         logging.getLogger("spot_core").addHandler(relay)
         try:

@@ -54,11 +54,37 @@ class OpenedRun:
     fleet: Evidence
 
 
+class EarlyAgent:
+    """An agent that loads what it will need while the trainer still finds out what to ask it: a base is being read.
+
+    Ends with its block unless a session has taken it.
+    """
+
+    def __init__(self, config: SpotConfig) -> None:
+        self._process: subprocess.Popen[str] | None = _start_process(config)
+
+    def take(self) -> subprocess.Popen[str] | None:
+        """The process, which is the caller's from here on; None if it was taken."""
+        process, self._process = self._process, None
+        return process
+
+    def __enter__(self) -> EarlyAgent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        process = self.take()
+        if process is not None:
+            process.kill()  # it was asked for nothing, and has done nothing
+            _release(process)
+            process.wait()
+
+
 class AgentClient:
     """Owns the agent process of one life. Used by the trainer's main thread at start, its writer thread later."""
 
-    def __init__(self, config: SpotConfig, identity: RunIdentity) -> None:
+    def __init__(self, config: SpotConfig, identity: RunIdentity, early: EarlyAgent | None = None) -> None:
         assert config.local is not None
+        self._early = early
         self._config = config
         self._identity = identity
         self.started_unix_s, self.began = time.time(), time.monotonic()
@@ -194,7 +220,9 @@ class AgentClient:
             "trainer_created": psutil.Process().create_time(),
             "log_level": logging.getLogger("spot_core").getEffectiveLevel(),
         }
-        self._process = process = _spawn(request)
+        early = self._early.take() if self._early is not None else None
+        self._process = process = early or _start_process(self._config)
+        _tell(process, json.dumps(request))
         event = _await(process, "opened")
         self._found_overflow(event)
         if event["incarnation"] is not None:
@@ -217,7 +245,8 @@ def stored_loggers(config: SpotConfig) -> dict[str, str]:
         "run": config.run,
         "signing_keys": list(config.signing_keys),
     }
-    process = _spawn(request)
+    process = _start_process(config)
+    _tell(process, json.dumps(request))
     try:
         return dict(_await(process, "peeked")["loggers"])
     except SpotError as error:
@@ -228,18 +257,18 @@ def stored_loggers(config: SpotConfig) -> dict[str, str]:
         process.wait()
 
 
-def _spawn(request: dict[str, Any]) -> subprocess.Popen[str]:
+def _start_process(config: SpotConfig) -> subprocess.Popen[str]:
+    """An agent that waits to be told what to do, and meanwhile loads what opens the places it will be told of."""
+    urls = [url for url in (config.remote, config.fleet) if url]
     # Its own session: a signal to the trainer's process group must not end the drain.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spot_core.agent"],
+    return subprocess.Popen(
+        [sys.executable, "-m", "spot_core.agent", *{url.partition("://")[0] for url in urls if "://" in url}],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=_environment(),
     )
-    _tell(process, json.dumps(request))
-    return process
 
 
 def _tell(process: subprocess.Popen[str], line: str) -> None:

@@ -6,6 +6,7 @@ drains and restores need, and nothing that a plain object store cannot do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -114,6 +115,17 @@ def open_tier(url: str, storage_options: Mapping[str, Any] | None = None, signin
     from spot_core.store.remote import FsspecTier
 
     return FsspecTier(url, storage_options or {}, signing)
+
+
+def preload(scheme: str) -> None:
+    """Import what opens a tier of that scheme, which for s3 takes about a second. Opening it tells what is missing."""
+    if scheme not in {"file", "local"}:
+        with contextlib.suppress(Exception):
+            import fsspec
+
+            from spot_core.store import remote  # noqa: F401
+
+            fsspec.get_filesystem_class(scheme)
 
 
 def check_record(found: FileRecord, wanted: FileRecord, where: str) -> None:

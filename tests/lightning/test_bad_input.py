@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_spot import SpotCallback
+from lightning_spot import SpotCallback, protected_fit
 from spot_core.errors import ConfigError
 from spot_core.store import layout, resume
 from spot_core.store.posix import PosixTier
@@ -23,7 +23,15 @@ from tests.lightning.job import JobSpec, trainer_of
 from tests.lightning.modules import KINDS, Plain
 from tests.lightning.namespace import pl
 from tests.lives.job import SeenLog
-from tests.lives.lives import assert_same_training, final, live, live_to_the_end, uninterrupted, wait_for
+from tests.lives.lives import (
+    agents_of_this_process,
+    assert_same_training,
+    final,
+    live,
+    live_to_the_end,
+    uninterrupted,
+    wait_for,
+)
 from tests.servers import nothing_listens
 
 
@@ -183,6 +191,22 @@ def test_a_module_that_reads_the_data_itself_is_refused(spec: JobSpec) -> None:
     with pytest.raises(ConfigError, match=r"dataloader_iter.*Take batch and batch_idx"):
         fit(spec, ReadsItself)
     assert not list(Path(spec.folder).rglob("checkpoints"))
+
+
+def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, others = set(), agents_of_this_process()  # earlier tests' may still be draining
+
+    def refuse(*_: object) -> None:
+        seen.update(agents_of_this_process() - others)
+        raise ConfigError("no such run")
+
+    monkeypatch.setattr(protected_fit, "run_identity", refuse)
+    with pytest.raises(ConfigError, match="no such run"):
+        fit(spec)
+    assert len(seen) == 1 and not seen & agents_of_this_process()
+    assert_nothing_written(spec)
 
 
 def test_trained_tensors_that_the_module_leaves_out_are_refused_by_name(spec: JobSpec) -> None:

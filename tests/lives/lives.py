@@ -200,3 +200,13 @@ def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "condition did not come true in time"
         time.sleep(0.05)
+
+
+def agents_of_this_process() -> set[int]:
+    """Process ids of the agents that this very process has started and that have not ended."""
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "spot_core.agent" in child.cmdline():
+                found.add(child.pid)
+    return found
