@@ -129,36 +129,63 @@ def test_region_and_profile_sign_the_requests(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     options = {"profile": "team", "endpoint_url": proxy.options["endpoint_url"]}
     tier = FsspecTier(f"s3://{bucket}/run", given({**options, "client_kwargs": {"region_name": "eu-central-1"}}))
-    tier.create("run.json", b"content")
+    commit(tier, tmp_path)
     for request in proxy.seen:
         assert "Credential=team-key/" in request.headers["authorization"]
         assert "/eu-central-1/s3/" in request.headers["authorization"]
 
 
-def test_an_endpoint_is_asked_by_path_unless_told_otherwise(lenient_server: S3Server, proxy: FaultProxy) -> None:
+def test_an_endpoint_is_asked_by_path_unless_told_otherwise(
+    lenient_server: S3Server, proxy: FaultProxy, tmp_path: Path
+) -> None:
     bucket = lenient_server.new_bucket()
-    FsspecTier(f"s3://{bucket}/run", proxy.options).create("run.json", b"content")
+    commit(FsspecTier(f"s3://{bucket}/run", proxy.options), tmp_path)
     assert all(request.path.startswith(f"/{bucket}") for request in proxy.seen)
 
 
-def test_virtual_hosts_and_a_proxy_server(proxy: FaultProxy) -> None:
-    """What is asked of a proxy server names the whole address."""
+@pytest.mark.parametrize("path", ["run.json", SMALL])
+def test_virtual_hosts_and_a_proxy_server(path: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """What is asked of a proxy server names the whole address, for a record and for a file."""
     config = {"s3": {"addressing_style": "virtual"}, "proxies": {"http": proxy.options["endpoint_url"]}}
     options = {**proxy.options, "endpoint_url": "http://s3.example.internal", "config_kwargs": config}
     proxy.chooses = lambda request: UNREACHABLE
+    tier = FsspecTier("s3://bucket/run", options)
+    (tmp_path / "source").write_bytes(b"content")
     with pytest.raises(TierError):
-        FsspecTier("s3://bucket/run", options).read("run.json")
+        tier.upload(tmp_path / "source", path, lambda _: None) if path == SMALL else tier.read(path)
     assert proxy.seen
-    assert all(request.path.startswith("http://bucket.s3.example.internal/run/run.json") for request in proxy.seen)
+    assert all(request.path.startswith(f"http://bucket.s3.example.internal/run/{path}") for request in proxy.seen)
 
 
 def test_a_certificate_of_an_authority_of_ones_own_is_trusted_only_if_named(tmp_path: Path) -> None:
     with TlsS3Server(tmp_path) as server:
         url = f"s3://{server.new_bucket()}/run"
-        FsspecTier(url, server.options).create("run.json", b"content")
+        commit(FsspecTier(url, server.options), tmp_path)
         client = {name: value for name, value in server.options["client_kwargs"].items() if name != "verify"}
+        distrustful = FsspecTier(url, {**server.options, "client_kwargs": client})
         with pytest.raises(TierError, match=r"(?i)certificate"):
-            FsspecTier(url, {**server.options, "client_kwargs": client}).read("run.json")
+            distrustful.read("run.json")
+        with pytest.raises(TierError, match=r"(?i)certificate"):
+            distrustful.upload(tmp_path / "source", SMALL, lambda _: None)
+
+
+def test_whoever_has_no_keys_reads_without_a_signature(
+    lenient_server: S3Server, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url = f"s3://{lenient_server.new_bucket()}/team/run"
+    commit(FsspecTier(url, {**proxy.options, "s3_additional_kwargs": {"ACL": "public-read"}}), tmp_path)
+    proxy.seen.clear()
+    options = {name: value for name, value in proxy.options.items() if name not in {"key", "secret"}}
+    anonymous = FsspecTier(url, {**options, "anon": True, "skip_instance_cache": True})
+    assert anonymous.read(layout.life(1)) == b"life"
+    assert anonymous.record(LARGE).bytes == 2 * PART_BYTES + 5
+    assert len(proxy.seen) >= 4 and not any("authorization" in request.headers for request in proxy.seen)
+
+
+def test_options_of_the_event_loops_client_alone_are_no_obstacle(lenient_server: S3Server, tmp_path: Path) -> None:
+    config = {"connector_args": {"keepalive_timeout": 5}, "tcp_keepalive": True}
+    options = {**lenient_server.options, "config_kwargs": config}
+    commit(FsspecTier(f"s3://{lenient_server.new_bucket()}/team/run", options), tmp_path)
 
 
 @pytest.mark.parametrize("storage_class", ["GLACIER", "DEEP_ARCHIVE"])
