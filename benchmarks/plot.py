@@ -21,9 +21,6 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-# What `stall.py` calls this project's way; `storage.py` says it in each result.
-_CALLBACK = "SpotCallback"
-
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -45,16 +42,16 @@ class Panel:
 def panels(found: dict[str, Any]) -> Iterator[Panel]:
     """The comparisons in one file of figures."""
     for result in found["results"]:
-        if "ours" in result:
-            rows = [(row["way"], row["shortest_s"], row["seconds"], row["longest_s"]) for row in result["rows"]]
-            what, ours = result["what"], result["ours"]
-        elif "forward_s" in result:
-            rows = [(row["saver"], row["shortest_s"], row["stall_s"], row["longest_s"]) for row in result["rows"]]
-            what, ours = f"stall, {result['trainer']}", _CALLBACK
-        else:
+        if "ours" not in result:
             continue  # memory, selection
+        if "what" in result:
+            rows = [(row["way"], row["shortest_s"], row["seconds"], row["longest_s"]) for row in result["rows"]]
+            what = result["what"]
+        else:
+            rows = [(row["saver"], row["shortest_s"], row["stall_s"], row["longest_s"]) for row in result["rows"]]
+            what = f"stall, {result['trainer']}"
         bars = [Bar(way, (shortest, median, longest)) for way, shortest, median, longest in rows if median is not None]
-        yield Panel(f"{what}: {result['size']}, {result['bytes'] / 1e6:,.0f} MB", ours, bars)
+        yield Panel(f"{what}: {result['size']}, {result['bytes'] / 1e6:,.0f} MB", result["ours"], bars)
 
 
 def draw(shown: Sequence[Panel], path: Path) -> None:

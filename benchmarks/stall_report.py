@@ -23,7 +23,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One size under one trainer. forward_s: median of forward and backward while nothing is saved."""
+    """One size under one trainer. forward_s: median of forward and backward while nothing is saved.
+
+    ours: this project's saver, of which all ratios are.
+    """
 
     size: str
     trainer: str
@@ -31,6 +34,7 @@ class Result:
     bytes: int
     repeat: int
     forward_s: float
+    ours: str
     rows: list[Row]
 
 
@@ -49,12 +53,13 @@ def result(turns: Turns, *, size: str, trainer: str, repeat: int) -> Result:
     ]
     rows.sort(key=lambda row: row.stall_s)
     bytes_ = sum(tensor.numel() * tensor.dtype.itemsize for tensor in turns.tensors)
-    return Result(size, trainer, len(turns.tensors), bytes_, repeat, statistics.median(turns.undisturbed), rows)
+    forward_s = statistics.median(turns.undisturbed)
+    return Result(size, trainer, len(turns.tensors), bytes_, repeat, forward_s, SpotSaver.name, rows)
 
 
 def table(found: Result) -> str:
     """Ratios first, shortest stall at the top."""
-    ours = next(row for row in found.rows if row.saver == SpotSaver.name)
+    ours = next(row for row in found.rows if row.saver == found.ours)
     lines = [
         f"{found.size}, {found.trainer}: {found.tensors:,} tensors, {found.bytes / 1e6:,.0f} MB, forward and backward "
         f"{found.forward_s * 1e3:,.0f} ms, medians of {found.repeat}",

@@ -14,7 +14,7 @@ from spot_core.errors import ConfigError
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.lives.lives import agents_of_this_process, live, wait_for
+from tests.lives.lives import assert_agent_is_early, live, wait_for
 from tests.servers import nothing_listens
 
 
@@ -176,16 +176,7 @@ def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
     from hf_spot import resume as resuming
     from tests.hf.job import trainer_of
 
-    seen, others = set(), agents_of_this_process()  # earlier tests' may still be draining
-
-    def refuse(_: object) -> None:
-        seen.update(agents_of_this_process() - others)
-        raise ConfigError("no such run")
-
-    monkeypatch.setattr(resuming, "run_identity", refuse)
-    with pytest.raises(ConfigError, match="no such run"):
-        trainer_of(JobSpec(folder=str(tmp_path))).train()
-    assert len(seen) == 1 and not seen & agents_of_this_process()
+    assert_agent_is_early(monkeypatch, resuming, trainer_of(JobSpec(folder=str(tmp_path))).train)
 
 
 def test_trained_tensors_outside_the_adapter_are_refused_by_name(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.lightning.modules import KINDS, Plain
 from tests.lightning.namespace import pl
 from tests.lives.job import SeenLog
 from tests.lives.lives import (
-    agents_of_this_process,
+    assert_agent_is_early,
     assert_same_training,
     final,
     live,
@@ -196,16 +196,7 @@ def test_a_module_that_reads_the_data_itself_is_refused(spec: JobSpec) -> None:
 def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
     spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, others = set(), agents_of_this_process()  # earlier tests' may still be draining
-
-    def refuse(*_: object) -> None:
-        seen.update(agents_of_this_process() - others)
-        raise ConfigError("no such run")
-
-    monkeypatch.setattr(protected_fit, "run_identity", refuse)
-    with pytest.raises(ConfigError, match="no such run"):
-        fit(spec)
-    assert len(seen) == 1 and not seen & agents_of_this_process()
+    assert_agent_is_early(monkeypatch, protected_fit, lambda: fit(spec))
     assert_nothing_written(spec)
 
 

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
+from spot_core.errors import ConfigError
 from spot_core.store import resume
 from spot_core.store.posix import PosixTier
 from tests.lives.job import LifeSpec
@@ -202,7 +205,22 @@ def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def agents_of_this_process() -> set[int]:
+def assert_agent_is_early(monkeypatch: pytest.MonkeyPatch, adapter: Any, train: Callable[[], None]) -> None:
+    """The agent loads while `adapter`, a module, finds the run's identity, and ends where that fails."""
+    seen: set[int] = set()
+    others = _agents_of_this_process()  # earlier tests' may still be draining
+
+    def refuse(*_: object) -> None:
+        seen.update(_agents_of_this_process() - others)
+        raise ConfigError("no such run")
+
+    monkeypatch.setattr(adapter, "run_identity", refuse)
+    with pytest.raises(ConfigError, match="no such run"):
+        train()
+    assert len(seen) == 1 and not seen & _agents_of_this_process()
+
+
+def _agents_of_this_process() -> set[int]:
     """Process ids of the agents that this very process has started and that have not ended."""
     found = set()
     for child in psutil.Process().children():
