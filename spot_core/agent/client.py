@@ -307,8 +307,8 @@ def _release(process: subprocess.Popen[str]) -> None:
 def _environment() -> dict[str, str]:
     """The trainer's environment, with the folder this package was imported from on the agent's path.
 
-    Without the secrets that the request holds: the agent may outlive the trainer by hours. glibc's allocator gives parts
-    of files back at once: by default each thread's arena would keep them, several hundred MB in all.
+    Without the secrets that the request holds: the agent may outlive the trainer by hours. glibc's allocator gives
+    parts of files back at once: by default each thread's arena would keep them, several hundred MB in all.
     """
     here = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
