@@ -23,7 +23,7 @@ from spot_core.config import SpotConfig
 from spot_core.emergency import EmergencyPath
 from spot_core.handover import Capture
 from spot_core.notice.signals import SignalWatcher
-from spot_core.session import Session
+from spot_core.opening import open_session
 from spot_core.snapshot import rng
 from spot_core.stand_in import StandIn
 from spot_core.store.identity import RunIdentity
@@ -65,7 +65,7 @@ def session_us() -> float:
     """Microseconds of all that a real session does in such a step, its agent at work beside it."""
     with tempfile.TemporaryDirectory(prefix="decision-") as folder:
         config = SpotConfig(remote=f"{folder}/remote/run", local=f"{folder}/local", interval_s=1e6)
-        session = Session.open(config, RunIdentity("benchmark", {}), device=torch.device("cpu"))
+        session = open_session(config, RunIdentity("benchmark", {}), device=torch.device("cpu"))
         session.begin()
         steps = itertools.count(1)
 

@@ -18,7 +18,7 @@ import torch
 
 from spot_core.config import SpotConfig
 from spot_core.handover import Capture
-from spot_core.session import Session
+from spot_core.opening import open_session
 from spot_core.snapshot.files import SafetensorsFile
 from spot_core.store.identity import RunIdentity
 
@@ -31,7 +31,7 @@ def main(remote: str, local: str, stamps: str, kind: str, step_s: float, state_b
     logging.getLogger("spot_core").setLevel(logging.ERROR)
     options = {"remote": remote, "local": local, "interval_s": interval_s, "drain_timeout_s": 5.0}
     config = SpotConfig.resolve(options, fallback_local=".spot")
-    session = Session.open(config, RunIdentity("benchmark", {"batch size": 1}), device=torch.device("cpu"))
+    session = open_session(config, RunIdentity("benchmark", {"batch size": 1}), device=torch.device("cpu"))
     state = torch.randn(state_bytes // 4)
     left, right = torch.randn(_WIDTH, _WIDTH), torch.randn(_WIDTH, _WIDTH)
     rounds = _rounds(left, right, step_s) if kind == "cpu" else 1

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from spot_core.config import SpotConfig
 from spot_core.data.position import DataPosition, DataState
 from spot_core.handover import Capture
-from spot_core.session import Session
+from spot_core.opening import open_session
 from spot_core.snapshot import rng
 from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, everything, torch_bytes
 from spot_core.snapshot.fingerprint import of_tensors
@@ -43,7 +43,7 @@ def main() -> None:
     # 1. Open the run: this checks the place, restores and claims a life.
     config = SpotConfig.resolve(vars(options), fallback_local=".spot")
     identity = RunIdentity("pytorch", {"batch size": BATCH, "samples": len(data)})
-    session = Session.open(config, identity, device=torch.device("cpu"))
+    session = open_session(config, identity, device=torch.device("cpu"))
     position = DataPosition()
     position.track(loader)
     step, resumed = 0, None

@@ -24,7 +24,7 @@ from spot_core.data.position import DataPosition
 from spot_core.data.workers import WorkerDraws
 from spot_core.errors import ConfigError
 from spot_core.handover import Capture
-from spot_core.session import Session
+from spot_core.opening import AnySession
 from spot_core.snapshot import rng
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         }
         self.config(output_dir=".")  # a bad option is an error here, not hours later
         self.is_preempted = False  # `train()` was ended by a preemption, and returned since on_preempt is "return"
-        self._session: Session | None = None
+        self._session: AnySession | None = None
         self._trainer: Trainer | None = None
         self._live: LiveState | None = None  # set while training is being checkpointed
         self._restored: resume.Restored | None = None
@@ -130,7 +130,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
     def attach(
         self,
         trainer: Trainer,
-        session: Session,
+        session: AnySession,
         restored: resume.Restored | None,
         signals: Mapping[signal.Signals, Any],
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from hf_spot.weights import is_peft
@@ -15,16 +16,19 @@ from spot_core.snapshot import fingerprint
 from spot_core.store.identity import RunIdentity
 
 FRAMEWORK = "transformers"
+_DDP = {DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 
 
 def check_supported(trainer: Trainer) -> None:
     """Refuse at start what could not be resumed exactly. Raises ConfigError."""
-    args = trainer.args
+    args, kind = trainer.args, trainer.accelerator.distributed_type
     refuse(
         {
             "DeepSpeed": trainer.is_deepspeed_enabled,
             "FSDP": trainer.is_fsdp_enabled,
-            f"training in {args.world_size} processes": args.world_size > 1,
+            # Under DDP each rank has the whole state; others split it.
+            f"{kind.value} in {args.world_size} processes": args.world_size > 1 and kind not in _DDP,
+            "a parallelism_config": args.world_size > 1 and trainer.accelerator.parallelism_config is not None,
             "auto_find_batch_size=True, which changes the data order,": args.auto_find_batch_size,
             "enable_jit_checkpoint=True, which saves on SIGTERM too,": args.enable_jit_checkpoint,
         }

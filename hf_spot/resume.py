@@ -22,13 +22,15 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_spot.identity import check_supported, device_of, run_identity, versions
-from hf_spot.state import RNG_STATE, TRAINER_STATE, read_own_state
+from hf_spot.state import TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
 from spot_core.agent.client import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint, expected_bytes
 from spot_core.notice.signals import LeaveOnSignal
+from spot_core.opening import AnySession, open_on_each, open_session
+from spot_core.ranks.leader import Alone
 from spot_core.report import loggers
 from spot_core.session import Session
 from spot_core.store import layout
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from hf_spot.callback import SpotCallback
 
 logger = logging.getLogger(__name__)
+
+_VIEW = "resume-"
+_RNG_STATES = "rng_state*.pth"  # one, or one of each rank
 
 
 class AlreadyFinished(Exception):
@@ -115,12 +120,10 @@ def _train_protected(
 ) -> TrainOutput:
     is_explicit = isinstance(wanted, (str, os.PathLike))
     is_resumed = wanted is not False and not is_explicit
-    session, base_fingerprint = _open(replace(config, resume=config.resume and is_resumed), trainer)
+    session = _open(replace(config, resume=config.resume and is_resumed), trainer)
     error: BaseException | None = None
     skips_data = trainer.args.ignore_data_skip
     try:
-        if session.resume is not None:
-            session.resume.check_base(base_fingerprint)
         restored = _materialise(session.resume, trainer) if session.resume else None
         if session.resume is not None:
             loggers.resume(session.resume.manifest.loggers)
@@ -145,21 +148,36 @@ def _train_protected(
         session.close(error)
 
 
-def _open(config: SpotConfig, trainer: Trainer) -> tuple[Session, str | None]:
-    """The session, and the fingerprint of the model's frozen base if it has one."""
-    with EarlyAgent(config) as early:
-        identity, base_fingerprint = run_identity(trainer)
-        trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
-        session = Session.open(
-            config,
-            identity,
-            device=device_of(trainer),
-            state_bytes=expected_bytes(live_weights(trainer.model).bytes, trained_bytes),
-            versions=versions(),
-            base_fingerprint=base_fingerprint,
-            early=early,
-        )
-    return session, base_fingerprint
+def _open(config: SpotConfig, trainer: Trainer) -> AnySession:
+    """The session of this process."""
+
+    def open_run(ranks: Alone) -> Session:
+        with EarlyAgent(config) as early:
+            identity, base_fingerprint = run_identity(trainer)
+            trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
+            session = open_session(
+                config,
+                identity,
+                device=device_of(trainer),
+                state_bytes=expected_bytes(live_weights(trainer.model).bytes, trained_bytes),
+                versions=versions(),
+                base_fingerprint=base_fingerprint,
+                early=early,
+                ranks=ranks,
+            )
+        if session.resume is not None:
+            for stale in _views(session.resume).glob(f"{_VIEW}*"):
+                shutil.rmtree(
+                    stale, ignore_errors=True
+                )  # of a life killed before it had loaded: links keep pruned files
+        return session
+
+    return open_on_each(trainer.args.process_index, trainer.args.world_size, config, open_run)
+
+
+def _views(point: ResumePoint) -> Path:
+    """Where folders for the Trainer to load are made."""
+    return point.folder.parents[1] / layout.STAGING
 
 
 def _materialise(point: ResumePoint, trainer: Trainer) -> Restored:
@@ -169,12 +187,10 @@ def _materialise(point: ResumePoint, trainer: Trainer) -> Restored:
     sets each state at its moment. And the best model's path is this machine's.
     """
     native = point.folder / point.manifest.native
-    view = point.folder.parents[1] / layout.STAGING / f"resume-{os.getpid()}" / point.manifest.native
-    for stale in view.parents[1].glob("resume-*"):
-        shutil.rmtree(stale, ignore_errors=True)  # of a life killed before it had loaded: links keep pruned files
+    view = _views(point) / f"{_VIEW}{os.getpid()}" / point.manifest.native
     for source in native.rglob("*"):
         relative = source.relative_to(native)
-        if source.is_file() and relative.name not in {RNG_STATE, TRAINER_STATE}:
+        if source.is_file() and relative.name != TRAINER_STATE and not relative.match(_RNG_STATES):
             (view / relative).parent.mkdir(parents=True, exist_ok=True)
             _link(source, view / relative)
     state = TrainerState.load_from_json(str(native / TRAINER_STATE))
@@ -183,11 +199,11 @@ def _materialise(point: ResumePoint, trainer: Trainer) -> Restored:
         stored = native if state.best_global_step == state.global_step else None
         if point.pinned is not None:
             stored = point.pinned / f"checkpoint-{state.best_global_step}"
-        if stored is not None and stored.is_dir():
+        if stored is not None and stored.is_dir() and trainer.args.process_index == 0:
             _restore_best(stored, best)
         state.best_model_checkpoint = str(best)
     (view / TRAINER_STATE).write_text(json.dumps(vars(state), indent=2, sort_keys=True) + "\n")
-    return Restored(view, read_own_state(point.folder))
+    return Restored(view, read_own_state(point.folder, trainer.args))
 
 
 def _restore_best(stored: Path, best: Path) -> None:

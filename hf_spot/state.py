@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_spot.weights import LiveWeights, live_weights, static_files
 from spot_core.data.position import DataState
 from spot_core.errors import CorruptCheckpointError
+from spot_core.ranks.team import named
 from spot_core.snapshot.files import (
     BytesFile,
     NativeFile,
@@ -69,8 +70,8 @@ class LiveState:
         }
         files += [
             BytesFile(path=f"{native}/{TRAINER_STATE}", content=lambda: _json_bytes(record)),
-            BytesFile(path=f"{native}/{RNG_STATE}", content=lambda: torch_bytes(_native_rng(data.step))),
-            BytesFile(path=SPOT_STATE, content=lambda: torch_bytes({**own, "data": data.to_portable()})),
+            BytesFile(path=f"{native}/{RNG_STATE}", content=lambda: torch_bytes(_native_rng(data.step)), is_part=True),
+            BytesFile(path=SPOT_STATE, content=lambda: torch_bytes({**own, "data": data.to_portable()}), is_part=True),
         ]
         files += [BytesFile(path=f"{native}/{path}", content=_constant(data)) for path, data in self._static.items()]
         return files
@@ -124,9 +125,9 @@ class LiveState:
                     setattr(callback, attribute, value)
 
 
-def read_own_state(folder: Path) -> dict[str, Any]:
-    """The content of `spot_state.pt`; its data position under `data` as a DataState."""
-    own = load_plain(folder / SPOT_STATE)
+def read_own_state(folder: Path, args: TrainingArguments) -> dict[str, Any]:
+    """The content of this rank's `spot_state.pt`; its data position under `data` as a DataState."""
+    own = load_plain(folder / named(SPOT_STATE, args.process_index, size=args.world_size))
     own["data"] = DataState.from_portable(own["data"])
     return own
 

@@ -75,7 +75,7 @@ def _write_best(trainer: Any, best: str, own: Mapping[str, Any], point: ResumePo
     checkpoint = read_native(stored)
     live = trainer._checkpoint_connector.dump_checkpoint(True)
     checkpoint.update({key: live[key] for key in HYPER_PARAMETERS & live.keys()})
-    absent = set(read_own_state(stored.parent)["absent"])
+    absent = set(read_own_state(stored.parent, trainer)["absent"])
     weights.complete(checkpoint, trainer.strategy.lightning_module_state_dict(), absent)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

@@ -22,7 +22,6 @@ def check_supported(trainer: Any) -> None:
     launcher = type(strategy.launcher).__name__
     refuse(
         {
-            f"training in {trainer.world_size} processes": trainer.world_size > 1,
             f"{type(strategy).__name__}, whose state is not in one place,": not is_known,
             f"{launcher}, which trains in another process,": launcher in {"_MultiProcessingLauncher", "_XLALauncher"},
             "BatchSizeFinder, which changes the data order (search first, then set what it found),": any(

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 
 from lightning_spot import best_model, trackers, weights
-from lightning_spot.identity import run_identity, versions
 from lightning_spot.metrics import PendingMetrics
 from lightning_spot.namespaces import is_own
+from lightning_spot.opening import open_fit
 from lightning_spot.state import BeforeFetch, LiveState, Position, first_batch
 from lightning_spot.weights import FrozenBase
-from spot_core.agent.client import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.data.loaders import LoaderPositions
 from spot_core.errors import ConfigError, CorruptCheckpointError
-from spot_core.handover import Capture, ResumePoint, expected_bytes
-from spot_core.session import Session
+from spot_core.handover import Capture, ResumePoint
+from spot_core.opening import AnySession
 from spot_core.snapshot import rng
 from spot_core.snapshot.rng import RngState
 
@@ -38,7 +37,7 @@ class ProtectedFit:
 
     def __init__(self, trainer: Any, config: SpotConfig, signals: Mapping[signal.Signals, Any]) -> None:
         self._trainer, self._config, self._signals = trainer, config, signals
-        self._session: Session | None = None
+        self._session: AnySession | None = None
         self._live: LiveState | None = None  # set while training is being checkpointed
         self._base: FrozenBase | None = None
         self._loaders: LoaderPositions | None = None
@@ -56,25 +55,8 @@ class ProtectedFit:
 
     def open(self, *, is_resumed: bool) -> ResumePoint | None:
         """The model is whole: open the session, and return what to resume from."""
-        trainer = self._trainer
-        module = trainer.lightning_module
         config = self._config if is_resumed else replace(self._config, resume=False)
-        with EarlyAgent(config) as early:
-            self._base = FrozenBase.of(module, trainer.strategy.root_device) if config.trainable_only else None
-            sizes = [(p.numel() * p.dtype.itemsize, p.requires_grad) for p in module.parameters()]
-            stored_bytes = sum(size for size, is_trained in sizes if is_trained or self._base is None)
-            base_fingerprint = self._base.fingerprint if self._base else None
-            self._session = Session.open(
-                config,
-                run_identity(trainer, self._base),
-                device=trainer.strategy.root_device,
-                state_bytes=expected_bytes(stored_bytes, sum(size for size, is_trained in sizes if is_trained)),
-                versions=versions(trainer),
-                base_fingerprint=base_fingerprint,
-                early=early,
-            )
-        if self._session.resume is not None:
-            self._session.resume.check_base(base_fingerprint)
+        self._session, self._base = open_fit(self._trainer, config)
         return self._session.resume
 
     def restored(self, own: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -156,7 +138,7 @@ class ProtectedFit:
         if is_boundary and self._trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
             self._rest_while_fetching(self._session)
 
-    def _rest_while_fetching(self, session: Session) -> None:
+    def _rest_while_fetching(self, session: AnySession) -> None:
         assert self._loaders is not None
         if not self._loaders.fetches_ahead:
             # A loader without workers draws here, in the middle of the rest.
@@ -191,7 +173,7 @@ class ProtectedFit:
         self._step, self._is_due = self._trainer.global_step, True
         self._session.step_completed(self._step)
 
-    def _verify_base(self, session: Session) -> None:
+    def _verify_base(self, session: AnySession) -> None:
         """Not training time: reading a large base takes seconds on a CPU."""
         assert self._live is not None
         session.pause()
@@ -259,7 +241,7 @@ class ProtectedFit:
 
     # -- capture -------------------------------------------------------------------------------------------
 
-    def _boundary(self, session: Session) -> None:
+    def _boundary(self, session: AnySession) -> None:
         self._is_due = False
         # The best model lies in a folder that dies with the instance: commit this very step, whose weights it has.
         is_required = self._has_new_best()

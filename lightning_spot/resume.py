@@ -167,7 +167,7 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
 
 def _load(protected: ProtectedFit, trainer: Any, point: ResumePoint, original: Callable[..., None]) -> None:
     """Have Lightning load the native file, and complete what it read before anything is restored from it."""
-    own = read_own_state(point.folder)
+    own = read_own_state(point.folder, trainer)
     path = point.folder / point.manifest.native
     trainer.strategy.load_checkpoint = lambda *args, **kwargs: read_native(path)
     try:

@@ -19,6 +19,7 @@ from lightning_spot import metrics, weights
 from lightning_spot.module_state import ModuleState
 from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
+from spot_core.ranks.team import named
 from spot_core.snapshot import rng
 from spot_core.snapshot.files import NativeFile, TorchFile, everything, same_bits
 from spot_core.snapshot.loading import load_inert, load_plain
@@ -109,7 +110,7 @@ class LiveState:
                 stable_keys=frozenset({"optimizer_states"}),
                 inert_keys=HYPER_PARAMETERS,
             ),
-            TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything, stable_keys=_NEVER_CHANGED),
+            TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything, stable_keys=_NEVER_CHANGED, is_part=True),
         ]
 
     def verify_base(self) -> None:
@@ -248,9 +249,9 @@ def read_native(path: Path) -> dict[str, Any]:
     return load_inert(path, inert_keys=HYPER_PARAMETERS)
 
 
-def read_own_state(folder: Path) -> dict[str, Any]:
-    """The content of `spot_state.pt`."""
-    return load_plain(folder / SPOT_STATE)
+def read_own_state(folder: Path, trainer: Any) -> dict[str, Any]:
+    """The content of this rank's `spot_state.pt`."""
+    return load_plain(folder / named(SPOT_STATE, trainer.global_rank, size=trainer.world_size))
 
 
 def _is_same(live: Any, stored: Any) -> bool:

@@ -26,7 +26,8 @@ _FALSE_AFTER_S = 60.0
 class Action(Enum):
     """What to do at this boundary."""
 
-    NONE = "none"  # nothing is announced
+    NONE = "none"  # nothing
+    SAVE = "save"  # take a checkpoint that is due
     TRAIN = "train"  # go on, and save nothing
     COPY = "copy"  # take the safe copy, then train on
     LEAVE = "leave"  # save this step, wait until it is durable, end

@@ -1,6 +1,6 @@
 """A session: one life of a run, as the trainer sees it. Adapters hold one and tell it where steps begin and end.
 
-    session = Session.open(config, identity, device=…)     the agent checks, restores and claims
+    session = open_session(config, identity, device=…)     the agent checks, restores and claims
     session.resume                                         what to load, verified, on the local tier
     session.begin()                                        training starts
     loop: session.step_started(); …; session.before_optimizer_step(); optimizer.step();
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from spot_core.agent import lives
-from spot_core.agent.client import AgentClient, EarlyAgent, OpenedRun
+from spot_core.agent.client import AgentClient, OpenedRun
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
@@ -33,21 +33,17 @@ from spot_core.errors import FencedError, Preempted, shown
 from spot_core.handover import Capture, ResumePoint
 from spot_core.notice.signals import SignalWatcher, of_user
 from spot_core.pacing import Pacer
+from spot_core.ranks.leader import Alone
 from spot_core.report import loggers
-from spot_core.report.checks.signals import warn_if_unheard
-from spot_core.report.log import make_visible
-from spot_core.snapshot.capture import Snapshotter, device_name
+from spot_core.snapshot.capture import Snapshotter
 from spot_core.stand_in import StandIn
 from spot_core.store.identity import RunIdentity
-from spot_core.store.overflow import room_bytes
-from spot_core.store.posix import check_usable
-from spot_core.store.volume import describe_place
 
 logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One life of a run. Make it with `open`."""
+    """One life of a run. Make it with `opening.open_session`."""
 
     def __init__(
         self,
@@ -60,9 +56,10 @@ class Session:
         state_bytes: int,
         versions: Mapping[str, str],
         base_fingerprint: str | None,
+        ranks: Alone,
     ) -> None:
         self.config, self._identity, self._client = config, identity, client
-        self._opened, self._tier = opened, client.tier
+        self._opened, self._tier, self._ranks = opened, client.tier, ranks
         self._versions, self._base_fingerprint = versions, base_fingerprint
         self.resume: ResumePoint | None = None
         if opened.restored is not None:
@@ -84,44 +81,19 @@ class Session:
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    @classmethod
-    def open(
-        cls,
-        config: SpotConfig,
-        identity: RunIdentity,
-        *,
-        device: torch.device,
-        state_bytes: int = 0,
-        versions: Mapping[str, str] | None = None,
-        base_fingerprint: str | None = None,
-        early: EarlyAgent | None = None,
-    ) -> Session:
-        """Start the agent, which checks the place, restores the newest valid checkpoint and claims a life.
+    @property
+    def is_claimed(self) -> bool:
+        """Whether this life is one of the run: not where nothing is left to do."""
+        return self._client.incarnation is not None
 
-        state_bytes: expected size of a checkpoint, to refuse a local folder too small for one. early: started before.
-        Raises ConfigError, TierError, TierDeniedError, CorruptCheckpointError: training must not start.
-        """
-        make_visible()
-        client = AgentClient(config, identity, early)
-        check_usable(client.run_folder, state_bytes, elsewhere_bytes=room_bytes())
-        logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, shown(config.remote))
-        for level, sentence in describe_place(client.run_folder, config.remote):
-            logger.log(level, "%s", sentence)
-        warn_if_unheard(config)
-        return cls(
-            config,
-            identity,
-            client,
-            client.open(),
-            device=device,
-            state_bytes=state_bytes,
-            versions={"torch": torch.__version__, "device": device_name(device), **(versions or {})},
-            base_fingerprint=base_fingerprint,
-        )
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps that training was to last, of a run that is complete."""
+        return self._opened.max_steps
 
     def is_finished(self, max_steps: int | None) -> bool:
         """Whether training ended at the restored checkpoint and was to last as long: nothing is left to do."""
-        return self._client.incarnation is None and self._opened.max_steps == max_steps
+        return not self.is_claimed and self.planned_steps == max_steps
 
     @property
     def has_begun(self) -> bool:
@@ -191,7 +163,8 @@ class Session:
 
     def rests(self, capture: Callable[[], Capture]) -> None:
         """Nothing that `capture` reads changes from here on: another thread may call it until `moves` or a boundary."""
-        self._stand_in.rests(capture)
+        if self._ranks.is_alone:  # several leave together, at a boundary
+            self._stand_in.rests(capture)
 
     def moves(self) -> None:
         """The rest is over. Raises Preempted if its last checkpoint was taken meanwhile."""
@@ -208,20 +181,27 @@ class Session:
         Raises Preempted after a notice, once the checkpoint is as durable as the grace period allows.
         """
         with self._stand_in:
-            checkpoints, agent, _ = self._running()
-            action = self._meet_notice()
+            checkpoints, _, _ = self._running()
+            action = self._ranks.due()
+            if action is Action.NONE:
+                action = self._ranks.agree(self._wish())
+            if action is Action.NONE and is_required:
+                action = Action.SAVE
             if action in {Action.LEAVE, Action.HOLD}:
                 self._stop(capture if action is Action.LEAVE else None)
-            if action is Action.TRAIN:
-                return
-            if not is_required and action is not Action.COPY:
-                is_due = self._pacer.is_due(upload_pending_s=agent.pending_s or 0.0, hinted_unix_s=agent.hinted_unix_s)
-                if checkpoints.is_busy or not is_due:
-                    return
-            checkpoints.wait()
-            self._take(capture)
+            if action in {Action.SAVE, Action.COPY}:
+                checkpoints.wait()
+                self._take(capture)
             if action is Action.COPY and checkpoints.captured_step is not None:
                 self._emergency.copied(checkpoints.captured_step)
+
+    def _wish(self) -> Action:
+        checkpoints, agent, _ = self._running()
+        action = self._meet_notice()
+        if action is not Action.NONE:
+            return action
+        is_due = self._pacer.is_due(upload_pending_s=agent.pending_s or 0.0, hinted_unix_s=agent.hinted_unix_s)
+        return Action.SAVE if is_due and not checkpoints.is_busy else Action.NONE
 
     def _act_instead(self, capture: Callable[[], Capture]) -> None:
         """The thread that stands in: raises Preempted once it has left, returns while there is time or no notice."""
@@ -237,15 +217,16 @@ class Session:
         _, agent, local = self._running()
         return self._emergency.at_boundary(
             agent.notice,
-            self.signals.noticed_at,
-            costs=lambda: (self._pacer.rescue_s, self._pacer.step_s),
+            self._ranks.signalled_at(self.signals.noticed_at),
+            costs=lambda: (self._pacer.rescue_s + self._ranks.delay_steps * self._pacer.step_s, self._pacer.step_s),
             is_durable=lambda step: local.committed.get(step) in agent.durable,
         )
 
     def _take(self, capture: Callable[[], Capture]) -> None:
         checkpoints, _, _ = self._running()
         self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
-        if (stall_s := checkpoints.take(capture, useful_s=self._pacer.useful_s)) is not None:
+        stall_s = checkpoints.take(lambda: self._ranks.completed(capture()), useful_s=self._pacer.useful_s)
+        if stall_s is not None:
             self._pacer.taken(stall_s)
 
     def _write_cadence(self) -> None:
@@ -300,7 +281,7 @@ class Session:
         with self._stand_in:
             logger.warning("the signal ended the data loader's workers too: %s", error)
             self._meet_notice()
-            self._stop(capture)
+            self._stop(capture if self._ranks.is_alone else None)
 
     def finish(self, capture: Callable[[], Capture]) -> None:
         """Training is complete: commit the final state and record that it is the end.
@@ -347,3 +328,4 @@ class Session:
         if self._local is not None:
             self._local.close()
         self._stand_in.close()
+        self._ranks.close()

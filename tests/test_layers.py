@@ -38,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     | {f"spot_core.{part}" for part in ("handover", "store", "snapshot", "agent", "report")},
     "spot_core.session": BELOW
     | {f"spot_core.{part}" for part in ("handover", "store", "notice", "snapshot", "data", "agent", "report")}
-    | {f"spot_core.{module}" for module in ("checkpointing", "emergency", "pacing", "stand_in")},
+    | {f"spot_core.{module}" for module in ("checkpointing", "emergency", "pacing", "ranks", "stand_in")},
+    "spot_core.ranks": BELOW | {f"spot_core.{part}" for part in ("handover", "emergency", "notice", "snapshot")},
+    "spot_core.opening": BELOW
+    | {f"spot_core.{part}" for part in ("session", "ranks", "store", "snapshot", "agent", "report")},
     "spot_core.stand_in": BELOW | {"spot_core.handover", "spot_core.notice"},
     "hf_spot": {"spot_core"},
     "lightning_spot": {"spot_core"},
@@ -85,6 +88,7 @@ def test_every_package_has_a_layer() -> None:
         "spot_core.errors",
         "spot_core.handover",
         "spot_core.keys",
+        "spot_core.opening",
         "spot_core.pacing",
         "spot_core.progress",
         "spot_core.session",

@@ -90,14 +90,15 @@ class DataPosition:
         """Wrap the sampler of `loader` (a DataLoader or accelerate's adapter around one)."""
         if isinstance(getattr(loader, "dataset", None), IterableDataset):
             return  # no indices to skip by: the stream is read again
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        # accelerate's shard wraps the batch sampler that holds the sampler.
+        batch_sampler: Any = getattr(loader, "batch_sampler", None)
+        # accelerate's shard wraps the batch sampler that holds the sampler: each rank takes one of its batches in turn.
+        turns = 1 if getattr(batch_sampler, "split_batches", True) else batch_sampler.num_processes
         batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
         sampler = getattr(batch_sampler, "sampler", None)
         size = getattr(batch_sampler, "batch_size", None)
         if batch_sampler is None or sampler is None or not isinstance(size, int):
             return
-        batch_sampler.sampler = self._wrapped(loader, sampler, size)
+        batch_sampler.sampler = self._wrapped(loader, sampler, turns * size)
 
     def track_batches(self, loader: DataLoader[Any]) -> None:
         """Wrap what gives a plain `loader` the indices of each batch: for batch samplers without a sampler inside."""

@@ -13,7 +13,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
@@ -48,6 +48,7 @@ class SafetensorsFile:
     tensors: Mapping[str, torch.Tensor]
     volatile: frozenset[str] = frozenset()
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    is_part: ClassVar[bool] = False
 
 
 def nothing(tensor: torch.Tensor) -> bool:
@@ -67,7 +68,7 @@ class TorchFile:
     is_volatile: which of its tensors forward or backward may change. stable_keys: of a tree that is a dict, the parts
     in which only the optimizer step changes anything at all, containers and numbers too: an optimizer's `state`.
     inert_keys: None if it is loaded with `weights_only=True`; otherwise for `loading.load_inert`, parts of the tree
-    that a resume does not need.
+    that a resume does not need. is_part: each rank has its own.
     """
 
     path: str
@@ -75,14 +76,19 @@ class TorchFile:
     is_volatile: Callable[[torch.Tensor], bool] = nothing
     stable_keys: frozenset[str] = frozenset()
     inert_keys: frozenset[str] | None = None
+    is_part: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BytesFile:
-    """Any other small file. content runs in the writer thread and must not touch what training changes."""
+    """Any other small file. content runs in the writer thread and must not touch what training changes.
+
+    is_part: each rank has its own.
+    """
 
     path: str
     content: Callable[[], bytes]
+    is_part: bool = False
 
 
 NativeFile = SafetensorsFile | TorchFile | BytesFile

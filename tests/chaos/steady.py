@@ -12,7 +12,7 @@ import torch
 
 from spot_core.config import SpotConfig
 from spot_core.handover import Capture
-from spot_core.session import Session
+from spot_core.opening import open_session
 from spot_core.snapshot.files import SafetensorsFile
 from spot_core.store.identity import RunIdentity
 
@@ -22,7 +22,7 @@ STEP_S = 0.005
 def main(steps: int) -> None:
     torch.set_num_threads(1)
     config = SpotConfig.resolve({}, fallback_local=".spot")
-    session = Session.open(config, RunIdentity("steady", {"batch size": 1}), device=torch.device("cpu"))
+    session = open_session(config, RunIdentity("steady", {"batch size": 1}), device=torch.device("cpu"))
     step = session.resume.manifest.step if session.resume is not None else 0
     state = torch.zeros(100_000)
 

@@ -130,6 +130,7 @@ def arguments_of(spec: JobSpec) -> dict[str, Any]:
         "seed": spec.seed,
         "use_cpu": True,
         "dataloader_pin_memory": False,
+        "ddp_backend": "gloo" if spec.ranks > 1 else None,
         **spec.arguments,
     }
 
@@ -184,7 +185,7 @@ def _sft_trainer(arguments: dict[str, Any], callbacks: list[Any]) -> Trainer:
 
 def run(spec: JobSpec) -> None:
     """The user's script: build, train, save."""
-    folder = Path(spec.folder)
+    folder = spec.own_folder
     if not spec.has_overflow:
         os.environ["SPOT_OVERFLOW"] = ""
     if spec.tracks:

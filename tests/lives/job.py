@@ -31,6 +31,8 @@ class LifeSpec:
     seed: int = 7
     has_digests: bool = False  # of the state after every step, see `states`
     environ: dict[str, str] = dataclasses.field(default_factory=dict)  # of this life's process
+    ranks: int = 1  # processes that train together
+    dying_rank: int | None = None  # which of them dies, all if None
 
     preloaded: ClassVar[tuple[str, ...]] = ()  # modules that `run` imports late, to be imported once for all lives
 
@@ -38,6 +40,15 @@ class LifeSpec:
     def environment(self) -> dict[str, str]:
         """What the process that runs it needs; PYTHONPATH goes before the repository."""
         return {}
+
+    @property
+    def own_folder(self) -> Path:
+        """Where this process logs: the ranks after the first one have their own."""
+        return Path(self.folder_of(int(os.environ.get("RANK", "0"))))
+
+    def folder_of(self, rank: int) -> str:
+        """Where that rank logs."""
+        return f"{self.folder}/rank-{rank}" if rank else self.folder
 
     @property
     def spot_options(self) -> dict[str, Any]:

@@ -138,6 +138,11 @@ def seen(spec: LifeSpec) -> dict[int, list[list[Any]]]:
 
 def assert_same_training(spec: LifeSpec, reference: LifeSpec) -> None:
     """Every tensor, every logged number and every sample of every step equal."""
+    for rank in range(spec.ranks):
+        _assert_same(*(dataclasses.replace(each, folder=each.folder_of(rank)) for each in (spec, reference)))
+
+
+def _assert_same(spec: LifeSpec, reference: LifeSpec) -> None:
     ours, theirs = final(spec), final(reference)
     assert ours["tensors"].keys() == theirs["tensors"].keys()
     different = [name for name, tensor in theirs["tensors"].items() if not torch.equal(tensor, ours["tensors"][name])]

@@ -6,6 +6,7 @@ JSON request a line, `{"spec": …, "log": …}`; answers with the new process's
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from tests.lives.ranks import launch
 
 
 def write_output_to(log_path: str) -> None:
@@ -30,10 +33,21 @@ def write_output_to(log_path: str) -> None:
 def child(job: ModuleType, request: dict[str, Any]) -> int:
     os.setpgid(0, 0)  # a signal to a life's group must not reach this process
     write_output_to(request["log"])
+    torch.set_num_threads(1)
+    spec = job.JobSpec(**request["spec"])
+    os.environ.update(spec.environ)
+    if spec.ranks == 1:
+        return run(job, spec)
+    return launch(
+        spec.ranks,
+        lambda rank: run(job, spec if spec.dying_rank in {None, rank} else dataclasses.replace(spec, dies=None)),
+    )
+
+
+def run(job: ModuleType, spec: Any) -> int:
+    """One process of a life, to its end."""
     try:
-        torch.set_num_threads(1)
-        spec = job.JobSpec(**request["spec"])
-        os.environ.update(spec.environ)
+        spec.own_folder.mkdir(parents=True, exist_ok=True)
         job.run(spec)
         return 0
     except SystemExit as leaving:
