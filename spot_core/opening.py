@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -90,5 +89,5 @@ def open_on_each(rank: int, size: int, config: SpotConfig, open_run: Callable[[A
         team.tell(Failed.of(error))
         team.close()
         raise
-    team.tell(Opened(session.resume, session.is_claimed, session.planned_steps, os.getpid()))
+    team.tell(Opened(session.resume, session.is_claimed, session.planned_steps))
     return session

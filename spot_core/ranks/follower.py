@@ -16,7 +16,7 @@ from spot_core.emergency import Action
 from spot_core.errors import Preempted
 from spot_core.handover import Capture, ResumePoint
 from spot_core.notice.signals import SignalWatcher, of_user
-from spot_core.ranks.team import Opened, Team, has_ended
+from spot_core.ranks.team import Opened, Team
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,6 @@ class Follower:
     def _leave(self) -> None:
         """After rank 0, which is still saving: launchers end all ranks when the first one does."""
         if self.config.on_preempt == "exit":
-            while not has_ended(self._opened.leader):
+            while not self._team.has_leader_ended():
                 time.sleep(_EVERY_S)
         raise Preempted(self.config.preempt_exit_code)

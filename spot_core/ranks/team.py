@@ -1,7 +1,9 @@
 """The ranks of one training on one machine, and the folder in its memory where they hand rank 0 their parts.
 
-Collectives happen while the run is opened, and never again. A rank's part is what differs from rank to rank: random
-state, the position in its share of the data, running metrics. The model and its optimizer are the same on all of them.
+Two collectives form the team, and none happens later: the others wait for rank 0 to open the run by looking for its
+word in the folder, so that a long restore meets no time limit of collectives. A rank's part is what differs from rank
+to rank: random state, the position in its share of the data, running metrics. The model and its optimizer are the same
+on all of them.
 """
 
 from __future__ import annotations
@@ -9,17 +11,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pickle
 import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from spot_core import errors
@@ -28,24 +28,26 @@ from spot_core.handover import ResumePoint
 from spot_core.ranks.board import Board
 from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, torch_bytes
 
-_BOARD, _NONCE = "board", "nonce"
+# In the folder: the board, what it is known by, rank 0's lock for as long as its process lives, its word.
+_BOARD, _NONCE, _LEADER, _WORD = "board", "nonce", "leader", "word"
 _PREFIX = "spot-ranks-"
-# For rank 0 to restore a large checkpoint; where it dies, the others notice at once.
-_OPENING = timedelta(hours=2)
 # Ranks come to a boundary within a step of each other.
 _PART_WITHIN_S = 60.0
 _EVERY_S = 0.01
+# Others look for rank 0's word all the time.
+_HEARD_WITHIN_S = 10.0
+# A folder that is younger may be about to be locked.
+_FRESH_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
     """What rank 0 tells the others of the run it has opened. max_steps: of a run that is finished, which claims no
-    life. leader: the process of rank 0."""
+    life."""
 
     resume: ResumePoint | None
     is_claimed: bool
     max_steps: int | None
-    leader: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,14 @@ class Failed:
 class Team:
     """One rank's view of all of them. Make it with `form`."""
 
-    def __init__(self, rank: int, size: int, folder: Path, group: Any, lock: int | None) -> None:
-        self.rank, self.size, self.folder, self._group, self._lock = rank, size, folder, group, lock
+    def __init__(self, rank: int, size: int, folder: Path) -> None:
+        self.rank, self.size, self.folder = rank, size, folder
+        self._has_told = False
         self.board = Board(folder / _BOARD, size)
+        self._leader = os.open(folder / _LEADER, os.O_RDWR | os.O_CLOEXEC)
+        if rank == 0:
+            # Until this process ends, not until `close`. Of this process alone: workers that it forks do not hold it.
+            fcntl.lockf(self._leader, fcntl.LOCK_EX)
 
     @classmethod
     def form(cls, rank: int, size: int) -> Team:
@@ -83,18 +90,19 @@ class Team:
 
         Raises ConfigError on all of them if they are not on one machine.
         """
-        group = dist.new_group(backend="gloo", timeout=_OPENING)
-        folder, lock, nonce = _make_folder(size) if rank == 0 else (None, None, None)
-        folder, nonce = _broadcast((folder, nonce), group)
+        box = [_make_folder(size) if rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        assert box[0] is not None
+        folder, nonce = box[0]
         team, failure = None, ""
         try:
             if (folder / _NONCE).read_text() != nonce:
                 raise FileNotFoundError(f"{folder} is another one")
-            team = cls(rank, size, folder, group, lock)
+            team = cls(rank, size, folder)
         except OSError as error:
             failure = f"rank {rank} does not see the folder of rank 0 ({error})"
         failures: list[str] = [""] * size
-        dist.all_gather_object(failures, failure, group=group)
+        dist.all_gather_object(failures, failure)
         if team is None or any(failures):
             if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -106,18 +114,31 @@ class Team:
 
     def tell(self, word: Opened | Failed) -> None:
         """Rank 0, once: how opening the run went."""
-        _broadcast(word, self._group)
-        self._end_collectives()
+        _write(self.folder / _WORD, pickle.dumps(word))
+        self._has_told = True
 
     def told(self) -> Opened:
         """Another rank, once: wait until rank 0 has opened the run. Raises what kept it from that."""
-        word = _broadcast(None, self._group)
-        self._end_collectives()
+        path = self.folder / _WORD
+        while not path.exists():
+            if self.has_leader_ended():
+                raise AgentError("rank 0 ended before it had opened the run; nothing was changed here")
+            time.sleep(_EVERY_S)
+        word = pickle.loads(path.read_bytes())  # by this user alone: the folder is private
+        self._heard(self.rank).touch()
         if isinstance(word, Failed):
             self.close()
             raise word.error()
         assert isinstance(word, Opened)
         return word
+
+    def has_leader_ended(self) -> bool:
+        """Another rank: whether the process of rank 0 is over."""
+        try:
+            fcntl.lockf(self._leader, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def hand_over(self, step: int, files: Sequence[NativeFile]) -> None:
         """Another rank: its part of the checkpoint of `step`, as it is now. Raises OSError."""
@@ -125,10 +146,7 @@ class Team:
         part.mkdir(exist_ok=True)
         for file in files:
             if file.is_part:
-                target = part / self._named(file, self.rank).replace("/", "%")
-                temporary = target.with_name(f"{target.name}.tmp")
-                temporary.write_bytes(_content(file))
-                os.replace(temporary, target)
+                _write(part / self._named(file, self.rank).replace("/", "%"), _content(file))
 
     def complete(self, step: int, files: Sequence[NativeFile]) -> list[NativeFile]:
         """Rank 0: the checkpoint's files with the parts of all ranks, which are waited for when they are written."""
@@ -147,6 +165,9 @@ class Team:
     def _named(self, file: NativeFile, rank: int) -> str:
         return named(file.path, rank, size=self.size)
 
+    def _heard(self, rank: int) -> Path:
+        return self.folder / f"{_WORD}-{rank}"
+
     def _part(self, step: int, path: str, rank: int) -> BytesFile:
         target = self.folder / f"{step}" / path.replace("/", "%")
 
@@ -161,16 +182,13 @@ class Team:
         return BytesFile(path=path, content=content)
 
     def close(self) -> None:
-        """Let go; rank 0 removes the folder."""
+        """Let go; rank 0 removes the folder when its word was heard."""
         self.board.close()
-        if self._lock is not None:
+        if self._has_told:
+            until = time.monotonic() + _HEARD_WITHIN_S
+            while not all(self._heard(rank).exists() for rank in range(1, self.size)) and time.monotonic() < until:
+                time.sleep(_EVERY_S)
             shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
-
-    def _end_collectives(self) -> None:
-        dist.destroy_process_group(self._group)
-        self._group = None
 
 
 def named(path: str, rank: int, *, size: int) -> str:
@@ -182,14 +200,6 @@ def named(path: str, rank: int, *, size: int) -> str:
     return str(plain.with_name(f"{plain.stem}_{rank}{plain.suffix}"))
 
 
-def has_ended(pid: int) -> bool:
-    """Whether that process is over, be it that nobody has asked how it ended."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
 def _content(file: NativeFile) -> bytes:
     if isinstance(file, BytesFile):
         return file.content()
@@ -197,35 +207,32 @@ def _content(file: NativeFile) -> bytes:
     return torch_bytes(file.tree)
 
 
-def _broadcast(value: Any, group: Any) -> Any:
-    """What rank 0 gave, on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
+def _write(path: Path, content: bytes) -> None:
+    """Whole, for whoever sees it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
-def _make_folder(size: int) -> tuple[Path, int, str]:
-    """A folder in memory that only this user sees, the lock on it, and a word by which others know it again."""
+def _make_folder(size: int) -> tuple[Path, str]:
+    """A folder in memory that only this user sees, and a word by which others know it again."""
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     _remove_left(place)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(lock, fcntl.LOCK_EX)
     nonce = secrets.token_hex(16)
     (folder / _NONCE).write_text(nonce)
     Board.create(folder / _BOARD, size)
-    return folder, lock, nonce
+    (folder / _LEADER).touch()
+    return folder, nonce
 
 
 def _remove_left(place: Path) -> None:
     """Folders of ranks 0 that were killed: nobody holds their lock."""
     for left in place.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(lock).st_uid == os.getuid():
-                    shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(lock)
+            if left.lstat().st_uid != os.getuid() or time.time() - left.lstat().st_mtime < _FRESH_S:
+                continue
+            with open(left / _LEADER, "r+b") as leader:
+                fcntl.lockf(leader, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)

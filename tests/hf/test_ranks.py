@@ -3,12 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spot_core.store import resume
 from tests.hf.job import JobSpec
-from tests.lives.lives import assert_same_training, live, live_to_the_end, uninterrupted
+from tests.lives.announcer import LEAD_S, announcer
+from tests.lives.lives import (
+    assert_same_training,
+    begun,
+    final,
+    left_step,
+    live,
+    live_through_random_kills,
+    live_to_the_end,
+    remote_of,
+    uninterrupted,
+)
+
+EVERY_FEW = {"eval_strategy": "steps", "eval_steps": 3}
+BEST = {
+    **EVERY_FEW,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # the worst loss is "best": that of an early step
+}
+WORKERS = {"dataloader_num_workers": 2}
+
+# 37 samples in batches of 4 on two ranks: 5 steps an epoch.
+CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "plain": ({}, ["step:3", "step:8"]),
+    "one rank alone": ({"dying_rank": 1}, ["step:3", "step:8"]),
+    "rank 0 alone, at the end of an epoch": ({"dying_rank": 0}, ["step:5", "epoch:2"]),
+    "random augmentation": ({"data": "augmented"}, ["step:2", "step:5", "step:9"]),
+    "random augmentation, accumulation": (
+        {"data": "augmented", "arguments": {"gradient_accumulation_steps": 2}},
+        ["step:2", "step:4"],
+    ),
+    "workers, evaluation": ({"arguments": {**WORKERS, **EVERY_FEW}}, ["evaluation:3", "step:7"]),
+    "the best model": ({"arguments": BEST}, ["step:5", "evaluation:9"]),
+    "full fine-tune on three ranks": ({"kind": "full", "ranks": 3}, ["step:2", "step:6"]),
+}
 
 
 @pytest.fixture
@@ -16,7 +61,90 @@ def spec(tmp_path: Path) -> JobSpec:
     return JobSpec(folder=str(tmp_path / "job"), ranks=2)
 
 
-def test_killed_ranks_end_bit_equal(spec: JobSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cell", CELLS)
+def test_killed_and_relaunched_ends_bit_equal(cell: str, spec: JobSpec, tmp_path: Path) -> None:
+    changes, dies = CELLS[cell]
+    spec = dataclasses.replace(spec, **changes)
     reference = uninterrupted(spec, tmp_path / "reference")
-    live_to_the_end(spec, ["step:3", "step:8"])
+    results = live_to_the_end(spec, dies)
+    assert [result.exit_code for result in results[:-1]] == [-9] * len(dies)
+    assert "bit-exact" in results[-1].log and "not bit-exact" not in results[-1].log
     assert_same_training(spec, reference)
+
+
+def test_killed_at_random_moments_ends_bit_equal(spec: JobSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, arguments={"num_train_epochs": 12})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    live_through_random_kills(spec, seed=3, kills=8, longest_s=3.0)
+    assert_same_training(spec, reference)
+
+
+@pytest.mark.parametrize("told", [None, 0, 1], ids=["all ranks", "rank 0", "rank 1"])
+def test_a_signal_to_any_rank_has_all_leave_at_one_step(told: int | None, spec: JobSpec, tmp_path: Path) -> None:
+    reference = uninterrupted(spec, tmp_path / "reference")
+    result = live(dataclasses.replace(spec, dies="term:6", dying_rank=told, interval_s=1000.0))
+    assert result.exit_code == 75, result.log[-3000:]
+    step = left_step(result.log)
+    assert 6 <= step <= 9
+    last = live(dataclasses.replace(spec, interval_s=1000.0))
+    assert f"resume: step {step}" in last.log
+    assert_same_training(spec, reference)
+
+
+def test_a_notice_is_trained_through(spec: JobSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, interval_s=1.0, arguments={"max_steps": 400})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    with announcer("aws", tmp_path / "told") as told:
+        life = begun(told.over(spec), steps=5)
+        deadline = told.announce(LEAD_S)
+        result = life.result()
+        assert time.time() < deadline
+    assert result.exit_code == 75, result.log[-3000:]
+    assert "once more just before the end" in result.log and "saving once more" in result.log
+    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+def test_a_run_that_has_ended_trains_nothing_more(spec: JobSpec) -> None:
+    live_to_the_end(spec)
+    before = final(spec)
+    again = live(spec)
+    assert again.exit_code == 0, again.log[-3000:]
+    assert final(spec)["step"] == before["step"]
+    assert len({name.incarnation for name in resume.names(remote_of(spec))}) == 1
+
+
+def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
+    live_to_the_end(spec)
+    other = live(dataclasses.replace(spec, arguments={"per_device_train_batch_size": 2}))
+    assert other.exit_code == 1
+    assert "ConfigError: rank 0 did not open the run" in other.log
+    assert other.log.count("batch size per device") >= 2
+
+
+def test_another_number_of_ranks_is_refused_and_nothing_is_lost(spec: JobSpec) -> None:
+    live(dataclasses.replace(spec, dies="step:8"))
+    stored = resume.names(remote_of(spec))
+    alone = live(dataclasses.replace(spec, ranks=1))
+    assert alone.exit_code == 1 and "world size" in alone.log
+    assert resume.names(remote_of(spec)) == stored
+    live_to_the_end(spec)
+
+
+def test_under_torchrun(spec: JobSpec, tmp_path: Path) -> None:
+    reference = uninterrupted(spec, tmp_path / "reference")
+    died = torchrun(dataclasses.replace(spec, dies="step:8", dying_rank=1))
+    assert died.returncode == 1 and "Signal 9 (SIGKILL) received" in died.stderr, died.stderr[-6000:]
+    last = torchrun(spec)
+    assert last.returncode == 0, last.stderr[-6000:]
+    assert "resume: step" in last.stderr and "as incarnation 2; bit-exact" in last.stderr
+    assert_same_training(spec, reference)
+
+
+def torchrun(spec: JobSpec) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    job = ["-m", "tests.lives.torchrun", "tests.hf.job", json.dumps(dataclasses.asdict(spec))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *job]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

@@ -193,13 +193,14 @@ def logger_of(spec: JobSpec) -> Any:
         return pl.loggers.WandbLogger(save_dir=spec.folder, offline=True)
     if spec.tracker == "mlflow":
         return pl.loggers.MLFlowLogger(tracking_uri=f"file:{spec.folder}/mlruns")
-    return FileLogger(Path(spec.folder) / "metrics.jsonl")
+    return FileLogger(spec.own_folder / "metrics.jsonl")
 
 
 def trainer_of(spec: JobSpec) -> Any:
     arguments = {
         "accelerator": "cpu",
-        "devices": 1,
+        "devices": spec.ranks,
+        **({"strategy": "ddp"} if spec.ranks > 1 else {}),
         "max_epochs": 3,
         "limit_val_batches": 0,
         "log_every_n_steps": 2,
@@ -234,7 +235,7 @@ def run(spec: JobSpec) -> None:
     """The user's script: build, train, save."""
     assert pl.__name__ == MODULES[spec.namespace]
     assert spec.lightning is None or pl.__version__.startswith(f"{spec.lightning}."), pl.__version__
-    folder = Path(spec.folder)
+    folder = spec.own_folder
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(spec.seed, verbose=False)
     module = KINDS[spec.kind](SeenLog(folder))

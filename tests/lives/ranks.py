@@ -18,7 +18,10 @@ _GRACE_S = 10.0
 
 
 def launch(count: int, run: Callable[[int], int]) -> int:
-    """Fork so many ranks that call `run` with their number; the exit code of the first that failed, or 0."""
+    """Fork so many ranks that call `run` with their number; the exit code of the first that failed, or 0.
+
+    Where that one was killed, so is this process.
+    """
     launcher = os.getpid()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,4 +65,6 @@ def launch(count: int, run: Callable[[int], int]) -> int:
             deadline = float("inf")
         else:
             time.sleep(0.01)
+    if first == -signal.SIGKILL:
+        os.kill(launcher, signal.SIGKILL)
     return first

@@ -1,0 +1,107 @@
+"""Several ranks under DDP: the same training, bit for bit, however it was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spot_core.store import resume
+from tests.lightning.job import JobSpec
+from tests.lives.announcer import LEAD_S, announcer
+from tests.lives.lives import (
+    assert_same_training,
+    begun,
+    left_step,
+    live,
+    live_through_random_kills,
+    live_to_the_end,
+    remote_of,
+    uninterrupted,
+)
+
+EVERY_FEW = {"limit_val_batches": 1.0, "val_check_interval": 2}
+ACCUMULATED = {"accumulate_grad_batches": 2}
+BEST = {"monitor": "val_loss", "save_top_k": 1}
+
+# 37 samples in batches of 4 on two ranks: 5 steps an epoch.
+CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "plain": ({}, ["step:3", "step:8"]),
+    "one rank alone": ({"dying_rank": 1}, ["step:3", "step:8"]),
+    "rank 0 alone, at the end of an epoch": ({"dying_rank": 0}, ["step:5", "epoch:2"]),
+    "in the middle of a step": ({}, ["backward:4", "backward:10"]),
+    "random augmentation": ({"data": "augmented"}, ["step:2", "step:5", "step:9"]),
+    "accumulation, random augmentation": ({"data": "augmented", "trainer": ACCUMULATED}, ["step:2", "step:4"]),
+    "LoRA, workers, evaluation": ({"kind": "lora", "workers": 2, "trainer": EVERY_FEW}, ["evaluation:4", "step:7"]),
+    "persistent workers": ({"workers": 2, "persistent": True}, ["step:4", "epoch:2"]),
+    "the best model": ({"trainer": EVERY_FEW, "checkpoint": BEST}, ["step:5", "evaluation:8"]),
+    "three ranks": ({"ranks": 3}, ["step:2", "step:6"]),
+}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    return JobSpec(folder=str(tmp_path / "job"), ranks=2)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_killed_and_relaunched_ends_bit_equal(cell: str, spec: JobSpec, tmp_path: Path) -> None:
+    changes, dies = CELLS[cell]
+    spec = dataclasses.replace(spec, **changes)
+    reference = uninterrupted(spec, tmp_path / "reference")
+    results = live_to_the_end(spec, dies)
+    assert [result.exit_code for result in results[:-1]] == [-9] * len(dies)
+    assert "bit-exact" in results[-1].log and "not bit-exact" not in results[-1].log
+    assert_same_training(spec, reference)
+
+
+def test_killed_at_random_moments_ends_bit_equal(spec: JobSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, trainer={"max_epochs": 12})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    live_through_random_kills(spec, seed=3, kills=8, longest_s=3.0)
+    assert_same_training(spec, reference)
+
+
+@pytest.mark.parametrize("told", [None, 0, 1], ids=["all ranks", "rank 0", "rank 1"])
+def test_a_signal_to_any_rank_has_all_leave_at_one_step(told: int | None, spec: JobSpec, tmp_path: Path) -> None:
+    reference = uninterrupted(spec, tmp_path / "reference")
+    result = live(dataclasses.replace(spec, dies="term:6", dying_rank=told, interval_s=1000.0))
+    assert result.exit_code == 75, result.log[-3000:]
+    step = left_step(result.log)
+    assert 6 <= step <= 9
+    last = live(dataclasses.replace(spec, interval_s=1000.0))
+    assert f"resume: step {step}" in last.log
+    assert_same_training(spec, reference)
+
+
+def test_a_notice_is_trained_through(spec: JobSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, interval_s=1.0, trainer={"max_epochs": -1, "max_steps": 400})
+    reference = uninterrupted(spec, tmp_path / "reference")
+    with announcer("aws", tmp_path / "told") as told:
+        life = begun(told.over(spec), steps=5)
+        deadline = told.announce(LEAD_S)
+        result = life.result()
+        assert time.time() < deadline
+    assert result.exit_code == 75, result.log[-3000:]
+    assert "once more just before the end" in result.log and "saving once more" in result.log
+    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, reference)
+
+
+def test_a_run_that_has_ended_trains_nothing_more(spec: JobSpec) -> None:
+    live_to_the_end(spec)
+    again = live(spec)
+    assert again.exit_code == 0, again.log[-3000:]
+    assert "already" in again.log
+    assert len({name.incarnation for name in resume.names(remote_of(spec))}) == 1
+
+
+def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
+    live_to_the_end(spec)
+    other = live(dataclasses.replace(spec, kind="lora"))
+    assert other.exit_code == 1
+    assert "ConfigError: rank 0 did not open the run" in other.log

@@ -1,0 +1,20 @@
+"""One rank of a job, as torchrun starts it: `torchrun … -m tests.lives.torchrun JOB SPEC`, SPEC as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+
+import torch
+
+if __name__ == "__main__":
+    job = importlib.import_module(sys.argv[1])
+    spec = job.JobSpec(**json.loads(sys.argv[2]))
+    if spec.dying_rank != int(os.environ["RANK"]):
+        spec = dataclasses.replace(spec, dies=None)
+    spec.own_folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    job.run(spec)
