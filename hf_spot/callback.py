@@ -25,6 +25,7 @@ from spot_core.data.workers import WorkerDraws
 from spot_core.errors import ConfigError
 from spot_core.handover import Capture
 from spot_core.opening import AnySession
+from spot_core.ranks import notes as ranks
 from spot_core.snapshot import rng
 
 logger = logging.getLogger(__name__)
@@ -297,6 +298,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def _notes(self, args: TrainingArguments) -> tuple[str, ...]:
+        assert self._trainer is not None
         notes = []
         if self._passes >= 0 and self._live is None:
             notes.append("the stream was in a later pass, which the Trainer cannot skip into: it starts over")
@@ -306,4 +308,4 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             notes.append("the data is a stream or has its own batch sampler: exact only if its order is fixed")
         if self._draws.is_seen:
             notes.append(workers.NOTE)
-        return tuple(notes)
+        return (*notes, *ranks.notes(self._trainer.model_wrapped, args.world_size))

@@ -19,13 +19,14 @@ from lightning_spot import best_model, trackers, weights
 from lightning_spot.metrics import PendingMetrics
 from lightning_spot.namespaces import is_own
 from lightning_spot.opening import open_fit
-from lightning_spot.state import BeforeFetch, LiveState, Position, first_batch
+from lightning_spot.state import BeforeFetch, LiveState, Position, first_batch, restore_buffers
 from lightning_spot.weights import FrozenBase
 from spot_core.config import SpotConfig
 from spot_core.data.loaders import LoaderPositions
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.handover import Capture, ResumePoint
 from spot_core.opening import AnySession
+from spot_core.ranks import notes as ranks
 from spot_core.snapshot import rng
 from spot_core.snapshot.rng import RngState
 
@@ -217,6 +218,8 @@ class ProtectedFit:
         session = self._session
         if session is None or session.has_begun or session.resume is None:
             return
+        if self._restored is not None:
+            restore_buffers(self._trainer.lightning_module, self._restored)
         manifest = session.resume.manifest
         logger.info("training was complete at step %d already", manifest.step)
         if not session.is_finished(self._limit()):
@@ -294,6 +297,7 @@ class ProtectedFit:
 
     def _notes(self) -> tuple[str, ...]:
         notes = list(self._loaders.notes) if self._loaders is not None else []
+        notes += ranks.notes(self._trainer.strategy.model, self._trainer.world_size)
         if self._trainer.strategy.root_device.type == "mps":
             notes.append("random numbers drawn on mps are not restored")
         return tuple(notes)

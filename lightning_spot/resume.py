@@ -175,6 +175,7 @@ def _load(protected: ProtectedFit, trainer: Any, point: ResumePoint, original: C
     finally:
         del trainer.strategy.load_checkpoint
     checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+    checkpoint.update(own.get("trainer", {}))
     if own["is_end"]:
         begin_epoch(checkpoint)
     first, live_place = weights.WEIGHTS

@@ -34,6 +34,8 @@ HYPER_PARAMETERS = frozenset(
 )
 # Of `spot_state.pt`: lists of names that are made anew where they change.
 _NEVER_CHANGED = frozenset({"absent", "trained"})
+# Of a `.ckpt`: what Lightning decides by, beside weights and optimizer.
+_OF_RANK = ("callbacks", "lr_schedulers", "loops")
 _NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -99,6 +101,7 @@ class LiveState:
             "metrics": metrics.capture(trainer, self._metrics),
             "gradients": self._gradients(),
             "trained": self._trained(),
+            **(self._of_rank(checkpoint) if trainer.global_rank else {}),
             **extra,
         }
         stable = self._stable()
@@ -112,6 +115,14 @@ class LiveState:
             ),
             TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything, stable_keys=_NEVER_CHANGED, is_part=True),
         ]
+
+    def _of_rank(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """What another rank has beside the first one's `.ckpt`: metrics need not be the same on all of them."""
+        module = self._trainer.lightning_module
+        return {
+            "trainer": {key: checkpoint[key] for key in _OF_RANK if key in checkpoint},
+            "buffers": dict(module.named_buffers()),
+        }
 
     def verify_base(self) -> None:
         """Read the frozen base again: what training changes after all belongs to the checkpoints."""
@@ -181,6 +192,7 @@ class LiveState:
             parameter.requires_grad_(name in trained)  # a callback may have unfrozen it in the middle of training
             if name in own["gradients"]:
                 parameter.grad = own["gradients"][name].to(parameter.device)
+        restore_buffers(trainer.lightning_module, own)
         loop = trainer.fit_loop
         if loop._combined_loader_states_to_load and loop._combined_loader is not None:
             # Lightning loads them when it sets the data up, which `estimated_stepping_batches` had it do too early.
@@ -189,6 +201,13 @@ class LiveState:
             iter(loop._data_fetcher)
         warnings.filterwarnings("ignore", message=_NOT_RESUMABLE)  # it is resumable now
         return pending
+
+
+def restore_buffers(module: torch.nn.Module, own: Mapping[str, Any]) -> None:
+    """Put back what another rank than the first has in its buffers: DDP gives it the first one's."""
+    for name, buffer in module.named_buffers():
+        if name in own.get("buffers", ()):
+            buffer.copy_(own["buffers"][name])
 
 
 def begin_epoch(checkpoint: dict[str, Any]) -> None:

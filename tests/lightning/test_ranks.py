@@ -38,7 +38,10 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LoRA, workers, evaluation": ({"kind": "lora", "workers": 2, "trainer": EVERY_FEW}, ["evaluation:4", "step:7"]),
     "persistent workers": ({"workers": 2, "persistent": True}, ["step:4", "epoch:2"]),
     "the best model": ({"trainer": EVERY_FEW, "checkpoint": BEST}, ["step:5", "evaluation:8"]),
-    "three ranks": ({"ranks": 3}, ["step:2", "step:6"]),
+    "three ranks": (
+        {"ranks": 3, "trainer": {"strategy": "ddp_find_unused_parameters_true"}},
+        ["step:2", "step:6"],
+    ),
 }
 
 
