@@ -1,4 +1,5 @@
-"""What a step costs in which nothing is due: the cadence's look, notices, the whole session, a batch's random state.
+"""What a step costs in which nothing is due: the cadence's look, notices, the whole session, another rank,
+a batch's random state.
 
 python benchmarks/decision.py
 """
@@ -12,6 +13,7 @@ import logging
 import random
 import tempfile
 import timeit
+from pathlib import Path
 
 import torch
 
@@ -24,7 +26,11 @@ from spot_core.emergency import EmergencyPath
 from spot_core.handover import Capture
 from spot_core.notice.signals import SignalWatcher
 from spot_core.opening import open_session
+from spot_core.ranks.board import Board
+from spot_core.ranks.follower import Follower
+from spot_core.ranks.team import Opened, Team
 from spot_core.snapshot import rng
+from spot_core.snapshot.files import TorchFile
 from spot_core.stand_in import StandIn
 from spot_core.store.identity import RunIdentity
 
@@ -83,6 +89,29 @@ def session_us() -> float:
             session.close()
 
 
+def following_us() -> tuple[float, float]:
+    """Microseconds of a step of a rank other than 0, and of handing over its part, 20 kB as under the Trainer."""
+    with tempfile.TemporaryDirectory(prefix="decision-") as folder:
+        place = Path(folder)
+        Board.create(place / "board", 2)
+        (place / "leader").touch()
+        config = SpotConfig(remote=f"{folder}/remote/run", local=f"{folder}/local")
+        follower = Follower(config, Team(1, 2, place), Opened(None, is_claimed=True, max_steps=None))
+        part = TorchFile(path="state.pt", tree=rng.to_portable(rng.capture()), is_part=True)
+
+        def step() -> None:
+            follower.step_started()
+            follower.before_optimizer_step()
+            follower.step_completed(1)
+            follower.at_boundary(_unused)
+
+        def hand_over() -> None:
+            follower.finish(lambda: Capture(step=1, epoch=0.0, native="", files=[part]))
+
+        step_s = min(timeit.repeat(step, number=_LOOKS, repeat=_REPEATS)) / _LOOKS
+        return 1e6 * step_s, 1e6 * min(timeit.repeat(hand_over, number=100, repeat=_REPEATS)) / 100
+
+
 def random_state_us() -> float:
     """Microseconds of reading all generators before a batch."""
     looks_s = min(timeit.repeat(lambda: rng.capture(with_devices=False), number=_LOOKS, repeat=_REPEATS))
@@ -102,6 +131,8 @@ def main() -> None:
     logging.getLogger("spot_core").setLevel(logging.WARNING)
     print(f"\nwatching for notices: {watching_us():.2f} µs a step")
     print(f"a session's step: {session_us():.2f} µs, with the watching and the look")
+    step_us, part_us = following_us()
+    print(f"a step of another rank: {step_us:.2f} µs; handing over its part of a checkpoint: {part_us:.0f} µs")
     print(f"random state before a batch: {random_state_us():.2f} µs")
 
 

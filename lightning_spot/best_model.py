@@ -31,6 +31,16 @@ def best_path(trainer: Any) -> str:
     return ""
 
 
+def was_saved(trainer: Any) -> bool:
+    """Whether a ModelCheckpoint that monitors something has written at this very step, on all ranks alike."""
+    return any(
+        is_a(callback, "callbacks.ModelCheckpoint")
+        and callback.monitor is not None
+        and callback._last_global_step_saved == trainer.global_step
+        for callback in trainer.checkpoint_callbacks
+    )
+
+
 def adopt(trainer: Any, checkpoint: dict[str, Any], own: Mapping[str, Any], point: ResumePoint) -> None:
     """Make the stored state of each ModelCheckpoint one of this machine, before Lightning loads it."""
     for callback in trainer.checkpoint_callbacks:

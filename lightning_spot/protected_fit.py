@@ -258,7 +258,8 @@ class ProtectedFit:
         is_new = best != self._best_path
         if is_new:
             self._best_path, self._best_step = best, self._step
-        return is_new
+        # Another rank may see a new best where this one does not: it needs this one's part.
+        return is_new or (self._trainer.global_rank > 0 and best_model.was_saved(self._trainer))
 
     def _is_overlap_safe(self) -> bool:
         """Whether weights change only after `on_before_optimizer_step`."""

@@ -87,7 +87,7 @@ def _fit(callback: SpotCallback, trainer: Any, wanted: Any, original: Callable[[
     with FitSignals(trainer, config.signal_numbers, config.preempt_exit_code) as signals:
         callback.protected = protected = ProtectedFit(trainer, config, signals.of_user)
         try:
-            if wanted is None:
+            if wanted is None and trainer.global_rank == 0:
                 trackers.resume(trainer, config)
             with _seams(protected, trainer, wanted):
                 _run(protected, original)

@@ -6,6 +6,7 @@ The same calls as `Session`, so that adapters need not know which they hold.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from spot_core.ranks.team import Opened, Team
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.1
+# For the process of rank 0 to end, when it has saved.
+_ENDING_S = 30.0
 
 
 class Follower:
@@ -104,6 +107,9 @@ class Follower:
     def _leave(self) -> None:
         """After rank 0, which is still saving: launchers end all ranks when the first one does."""
         if self.config.on_preempt == "exit":
-            while not self._team.has_leader_ended():
+            until = math.inf
+            while not self._team.has_leader_ended() and time.monotonic() < until:
+                if until == math.inf and self._team.is_over:
+                    until = time.monotonic() + _ENDING_S
                 time.sleep(_EVERY_S)
         raise Preempted(self.config.preempt_exit_code)

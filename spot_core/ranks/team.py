@@ -26,13 +26,13 @@ from spot_core import errors
 from spot_core.errors import AgentError, ConfigError, Preempted, SpotError, TierError
 from spot_core.handover import ResumePoint
 from spot_core.ranks.board import Board
-from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, torch_bytes
+from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, rebuild, torch_bytes
 
 # In the folder: the board, what it is known by, rank 0's lock for as long as its process lives, its word.
 _BOARD, _NONCE, _LEADER, _WORD = "board", "nonce", "leader", "word"
 _PREFIX = "spot-ranks-"
-# Ranks come to a boundary within a step of each other.
-_PART_WITHIN_S = 60.0
+# Ranks come to a boundary within a step of each other, but for validations that take longer on one of them.
+_PART_WITHIN_S = 600.0
 _EVERY_S = 0.01
 # Others look for rank 0's word all the time.
 _HEARD_WITHIN_S = 10.0
@@ -132,6 +132,11 @@ class Team:
         assert isinstance(word, Opened)
         return word
 
+    @property
+    def is_over(self) -> bool:
+        """Whether rank 0 has let go."""
+        return not self.folder.exists()
+
     def has_leader_ended(self) -> bool:
         """Another rank: whether the process of rank 0 is over."""
         try:
@@ -204,7 +209,7 @@ def _content(file: NativeFile) -> bytes:
     if isinstance(file, BytesFile):
         return file.content()
     assert not isinstance(file, SafetensorsFile)
-    return torch_bytes(file.tree)
+    return torch_bytes(rebuild(file.tree, lambda tensor: tensor.detach().cpu()))
 
 
 def _write(path: Path, content: bytes) -> None:

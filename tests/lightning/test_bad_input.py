@@ -131,7 +131,6 @@ TRAINERS: dict[str, tuple[Callable[[pytest.MonkeyPatch], dict[str, Any]], str]] 
         "DeepSpeedStrategy, whose state is not in one place,",
     ),
     "spawned": (lambda _: {"strategy": "ddp_spawn"}, "_MultiProcessingLauncher, which trains in another process,"),
-    "two processes": (lambda _: {"devices": 2}, "training in 2 processes"),
 }
 
 

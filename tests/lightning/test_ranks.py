@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,10 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LoRA, workers, evaluation": ({"kind": "lora", "workers": 2, "trainer": EVERY_FEW}, ["evaluation:4", "step:7"]),
     "persistent workers": ({"workers": 2, "persistent": True}, ["step:4", "epoch:2"]),
     "the best model": ({"trainer": EVERY_FEW, "checkpoint": BEST}, ["step:5", "evaluation:8"]),
+    "the best model of a metric that ranks do not share": (
+        {"data": "augmented", "trainer": EVERY_FEW, "checkpoint": {**BEST, "mode": "max"}},
+        ["evaluation:4", "step:9"],
+    ),
     "three ranks": (
         {"ranks": 3, "trainer": {"strategy": "ddp_find_unused_parameters_true"}},
         ["step:2", "step:6"],
@@ -108,3 +115,19 @@ def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
     other = live(dataclasses.replace(spec, kind="lora"))
     assert other.exit_code == 1
     assert "ConfigError: rank 0 did not open the run" in other.log
+
+
+def test_under_lightnings_own_launcher(spec: JobSpec, tmp_path: Path) -> None:
+    reference = uninterrupted(spec, tmp_path / "reference")
+    left = launched(dataclasses.replace(spec, dies="term:7", dying_rank=1))
+    assert left.returncode == 75, left.stderr[-6000:]
+    last = launched(spec)
+    assert last.returncode == 0, last.stderr[-6000:]
+    assert f"resume: step {left_step(left.stderr)}" in last.stderr
+    assert_same_training(spec, reference)
+
+
+def launched(spec: JobSpec) -> subprocess.CompletedProcess[str]:
+    """A script that is run once, and that Lightning runs again for the second rank."""
+    job = ["-m", "tests.lives.launched", "tests.lightning.job", json.dumps(dataclasses.asdict(spec))]
+    return subprocess.run([sys.executable, *job], capture_output=True, text=True, timeout=200)

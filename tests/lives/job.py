@@ -33,6 +33,7 @@ class LifeSpec:
     environ: dict[str, str] = dataclasses.field(default_factory=dict)  # of this life's process
     ranks: int = 1  # processes that train together
     dying_rank: int | None = None  # which of them dies, all if None
+    is_apart: bool = False  # each has a memory of its own, as on another machine
 
     preloaded: ClassVar[tuple[str, ...]] = ()  # modules that `run` imports late, to be imported once for all lives
 
@@ -44,7 +45,7 @@ class LifeSpec:
     @property
     def own_folder(self) -> Path:
         """Where this process logs: the ranks after the first one have their own."""
-        return Path(self.folder_of(int(os.environ.get("RANK", "0"))))
+        return Path(self.folder_of(this_rank()))
 
     def folder_of(self, rank: int) -> str:
         """Where that rank logs."""
@@ -60,6 +61,11 @@ class LifeSpec:
             "keep_remote": 3,
             **self.options,
         }
+
+
+def this_rank() -> int:
+    """Of this process, by torchrun's or Lightning's variable."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0")
 
 
 class Place:

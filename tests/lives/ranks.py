@@ -15,12 +15,25 @@ from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 10.0
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+NOT_PERMITTED = 77
 
 
-def launch(count: int, run: Callable[[int], int]) -> int:
+def _leave_shared_memory() -> None:
+    """See a /dev/shm of this process alone. Ends the process with NOT_PERMITTED where that takes more rights."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if (
+        libc.unshare(_CLONE_NEWNS)
+        or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+        or libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, None)
+    ):
+        os._exit(NOT_PERMITTED)
+
+
+def launch(count: int, run: Callable[[int], int], *, is_apart: bool = False) -> int:
     """Fork so many ranks that call `run` with their number; the exit code of the first that failed, or 0.
 
-    Where that one was killed, so is this process.
+    Where that one was killed, so is this process. is_apart: each has a shared memory of its own.
     """
     launcher = os.getpid()
     with socket.socket() as free:
@@ -33,6 +46,8 @@ def launch(count: int, run: Callable[[int], int]) -> int:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != launcher:
                 os._exit(1)
+            if is_apart:
+                _leave_shared_memory()
             os.environ.update(
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),

@@ -41,6 +41,7 @@ def child(job: ModuleType, request: dict[str, Any]) -> int:
     return launch(
         spec.ranks,
         lambda rank: run(job, spec if spec.dying_rank in {None, rank} else dataclasses.replace(spec, dies=None)),
+        is_apart=spec.is_apart,
     )
 
 

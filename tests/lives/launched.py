@@ -1,19 +1,20 @@
-"""One rank of a job, as torchrun starts it: `torchrun … -m tests.lives.torchrun JOB SPEC`, SPEC as JSON."""
+"""A job as a user's launcher starts it: `torchrun … -m tests.lives.launched JOB SPEC`, SPEC as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-import os
 import sys
 
 import torch
 
+from tests.lives.job import this_rank
+
 if __name__ == "__main__":
     job = importlib.import_module(sys.argv[1])
     spec = job.JobSpec(**json.loads(sys.argv[2]))
-    if spec.dying_rank != int(os.environ["RANK"]):
+    if spec.dying_rank not in {None, this_rank()}:
         spec = dataclasses.replace(spec, dies=None)
     spec.own_folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
