@@ -32,7 +32,7 @@ from spot_core.errors import ConfigError, SpotError, shown
 from spot_core.notice.instance import Instance, read_instance
 from spot_core.notice.rebalance import RebalanceHint
 from spot_core.notice.watch import Watch, WatchOptions, watchers
-from spot_core.store import incarnation
+from spot_core.store import incarnation, memory
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
@@ -81,6 +81,7 @@ def _events() -> TextIO:
 
 
 def main() -> int:
+    memory.give_back_at_once()
     stamina.instrumentation.set_on_retry_hooks(())  # what passes is told by who retries, in the words of this project
     with _events() as stream:
         for scheme in sys.argv[1:]:

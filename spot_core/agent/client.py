@@ -307,11 +307,9 @@ def _release(process: subprocess.Popen[str]) -> None:
 def _environment() -> dict[str, str]:
     """The trainer's environment, with the folder this package was imported from on the agent's path.
 
-    Without the secrets that the request holds: the agent may outlive the trainer by hours. glibc's allocator gives
-    parts of files back at once: by default each thread's arena would keep them, several hundred MB in all.
+    Without the secrets that the request holds: the agent may outlive the trainer by hours.
     """
     here = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
     plain = {name: value for name, value in os.environ.items() if name not in {SIGNING_KEY, STORAGE_OPTIONS}}
-    allocator = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    return {**allocator, **plain, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}
+    return {**plain, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}

@@ -34,6 +34,7 @@ from spot_core.report import restore as restoring
 from spot_core.report.doctor import doctor
 from spot_core.report.log import make_visible
 from spot_core.report.options import AsJson, KeyFile
+from spot_core.store import memory
 
 logger = logging.getLogger(__name__)
 
@@ -280,6 +281,7 @@ app.command("imds")(imds)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script."""
     stamina.instrumentation.set_on_retry_hooks(())  # structlog, where it is installed, would print into the output
+    memory.give_back_at_once()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow still gets its table
