@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,36 @@ def test_a_checkpoint_holds_the_parts_of_all_ranks(ranks: list[Team]) -> None:
     assert [read[f"checkpoint-4/rng_state_{rank}.pth"] for rank in range(3)] == [b"a", b"b", b"c"]
     assert read["spot_state_2.pt"] == torch_bytes({"mark": "c"})
     assert not any(path.name.endswith("trainer_state.json") for path in ranks[0].folder.rglob("*"))
+
+
+def test_a_folder_that_somebody_removed_is_made_again(ranks: list[Team]) -> None:
+    shutil.rmtree(ranks[0].folder)
+    whole = ranks[0].complete(4, parts("a"))
+    for rank in (1, 2):
+        ranks[rank].hand_over(4, parts("b"))
+    assert whole[1].content() == b"b"  # type: ignore[union-attr]
+    ranks[0].board.announce(1, Action.SAVE)
+    assert ranks[1].board.announced(1) is Action.SAVE
+
+
+def test_what_a_killed_rank_0_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teams, "_FRESH_S", -1.0)
+    left, held = (tmp_path / f"spot-ranks-{name}" for name in ("left", "held"))
+    for folder in (left, held):
+        folder.mkdir()
+        (folder / "leader").touch()
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(held / "leader")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        teams._remove_left(tmp_path)
+        assert not left.exists() and held.exists()
+        holder.kill()
+    teams._remove_left(tmp_path)
+    assert not held.exists()
 
 
 def test_parts_of_earlier_steps_are_removed(ranks: list[Team]) -> None:

@@ -148,16 +148,17 @@ class Team:
     def hand_over(self, step: int, files: Sequence[NativeFile]) -> None:
         """Another rank: its part of the checkpoint of `step`, as it is now. Raises OSError."""
         part = self.folder / f"{step}"
-        part.mkdir(exist_ok=True)
+        part.mkdir(parents=True, exist_ok=True)  # whoever tidies up memory may have taken the folder too
         for file in files:
             if file.is_part:
                 _write(part / self._named(file, self.rank).replace("/", "%"), _content(file))
 
     def complete(self, step: int, files: Sequence[NativeFile]) -> list[NativeFile]:
         """Rank 0: the checkpoint's files with the parts of all ranks, which are waited for when they are written."""
-        for old in self.folder.iterdir():
-            if old.name.isdigit() and int(old.name) < step:
-                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for old in self.folder.iterdir():
+                if old.name.isdigit() and int(old.name) < step:
+                    shutil.rmtree(old, ignore_errors=True)
         found: list[NativeFile] = []
         for file in files:
             if not file.is_part:
@@ -238,6 +239,6 @@ def _remove_left(place: Path) -> None:
         with contextlib.suppress(OSError):
             if left.lstat().st_uid != os.getuid() or time.time() - left.lstat().st_mtime < _FRESH_S:
                 continue
-            with open(left / _LEADER, "r+b") as leader:
+            with contextlib.suppress(FileNotFoundError), open(left / _LEADER, "r+b") as leader:
                 fcntl.lockf(leader, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)

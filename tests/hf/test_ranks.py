@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,17 @@ def test_a_signal_to_any_rank_has_all_leave_at_one_step(told: int | None, spec: 
     last = live(dataclasses.replace(spec, interval_s=1000.0))
     assert f"resume: step {step}" in last.log
     assert_same_training(spec, reference)
+
+
+def test_a_signal_to_the_whole_group_with_workers(spec: JobSpec, tmp_path: Path) -> None:
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "max_steps": 150}
+    spec = dataclasses.replace(spec, arguments=workers)
+    life = begun(spec, steps=20)
+    os.killpg(life.pid, signal.SIGTERM)
+    result = life.result()
+    assert result.exit_code == 75, result.log[-3000:]
+    assert live(spec).exit_code == 0
+    assert_same_training(spec, uninterrupted(spec, tmp_path / "reference"))
 
 
 def test_a_notice_is_trained_through(spec: JobSpec, tmp_path: Path) -> None:
