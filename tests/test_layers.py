@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "spot_core.session": BELOW
     | {f"spot_core.{part}" for part in ("handover", "store", "notice", "snapshot", "data", "agent", "report")}
     | {f"spot_core.{module}" for module in ("checkpointing", "emergency", "pacing", "ranks", "stand_in")},
-    "spot_core.ranks": BELOW | {f"spot_core.{part}" for part in ("handover", "emergency", "notice", "snapshot")},
+    "spot_core.ranks": BELOW
+    | {f"spot_core.{part}" for part in ("handover", "emergency", "notice", "snapshot", "store")},
     "spot_core.opening": BELOW
     | {f"spot_core.{part}" for part in ("session", "ranks", "store", "snapshot", "agent", "report")},
     "spot_core.stand_in": BELOW | {"spot_core.handover", "spot_core.notice"},

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-import pickle
 import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,6 +28,8 @@ from spot_core.errors import AgentError, ConfigError, Preempted, SpotError, Tier
 from spot_core.handover import ResumePoint
 from spot_core.ranks.board import Board
 from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, rebuild, torch_bytes
+from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import Manifest
 
 # In the folder: the board, what it is known by, rank 0's lock for as long as its process lives, its word.
 _BOARD, _NONCE, _LEADER, _WORD = "board", "nonce", "leader", "word"
@@ -48,6 +51,30 @@ class Opened:
     resume: ResumePoint | None
     is_claimed: bool
     max_steps: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        point = self.resume
+        found = None
+        if point is not None:
+            found = {
+                "name": str(point.manifest.name),
+                "manifest": point.manifest.to_json().decode(),
+                "folder": str(point.folder),
+                "source": point.source,
+                "pinned": str(point.pinned) if point.pinned is not None else None,
+            }
+        return {"resume": found, "is_claimed": self.is_claimed, "max_steps": self.max_steps}
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> Opened:
+        point, found = None, body["resume"]
+        if found is not None:
+            name = CheckpointName.parse(found["name"])
+            assert name is not None
+            manifest = Manifest.from_json(found["manifest"].encode(), name=name)
+            pinned = Path(found["pinned"]) if found["pinned"] is not None else None
+            point = ResumePoint(manifest, Path(found["folder"]), found["source"], pinned)
+        return cls(point, body["is_claimed"], body["max_steps"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +141,8 @@ class Team:
 
     def tell(self, word: Opened | Failed) -> None:
         """Rank 0, once: how opening the run went."""
-        _write(self.folder / _WORD, pickle.dumps(word))
+        body = {"failed": asdict(word)} if isinstance(word, Failed) else {"opened": word.to_json()}
+        _write(self.folder / _WORD, json.dumps(body).encode())
         self._has_told = True
 
     def told(self) -> Opened:
@@ -124,13 +152,12 @@ class Team:
             if self.has_leader_ended():
                 raise AgentError("rank 0 ended before it had opened the run; nothing was changed here")
             time.sleep(_EVERY_S)
-        word = pickle.loads(path.read_bytes())  # by this user alone: the folder is private
+        word = json.loads(path.read_bytes())
         self._heard(self.rank).touch()
-        if isinstance(word, Failed):
+        if "failed" in word:
             self.close()
-            raise word.error()
-        assert isinstance(word, Opened)
-        return word
+            raise Failed(**word["failed"]).error()
+        return Opened.from_json(word["opened"])
 
     @property
     def is_over(self) -> bool:

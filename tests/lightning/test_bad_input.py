@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_spot import SpotCallback, protected_fit
+from lightning_spot import SpotCallback, opening
 from spot_core.errors import ConfigError
 from spot_core.store import layout, resume
 from spot_core.store.posix import PosixTier
@@ -195,7 +195,7 @@ def test_a_module_that_reads_the_data_itself_is_refused(spec: JobSpec) -> None:
 def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
     spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agent_is_early(monkeypatch, protected_fit, lambda: fit(spec))
+    assert_agent_is_early(monkeypatch, opening, lambda: fit(spec))
     assert_nothing_written(spec)
 
 
