@@ -35,6 +35,7 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "plain": ({}, ["step:3", "step:8"]),
     "one rank alone": ({"dying_rank": 1}, ["step:3", "step:8"]),
     "rank 0 alone, at the end of an epoch": ({"dying_rank": 0}, ["step:5", "epoch:2"]),
+    "Lightning 2.5": ({"lightning": "2.5", "checkpoint": BEST, "trainer": EVERY_FEW}, ["step:3", "epoch:2"]),
     "in the middle of a step": ({}, ["backward:4", "backward:10"]),
     "random augmentation": ({"data": "augmented"}, ["step:2", "step:5", "step:9"]),
     "accumulation, random augmentation": ({"data": "augmented", "trainer": ACCUMULATED}, ["step:2", "step:4"]),
