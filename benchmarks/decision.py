@@ -26,9 +26,8 @@ from spot_core.emergency import EmergencyPath
 from spot_core.handover import Capture
 from spot_core.notice.signals import SignalWatcher
 from spot_core.opening import open_session
-from spot_core.ranks.board import Board
 from spot_core.ranks.follower import Follower
-from spot_core.ranks.team import Opened, Team
+from spot_core.ranks.team import Opened, Team, furnish
 from spot_core.snapshot import rng
 from spot_core.snapshot.files import TorchFile
 from spot_core.stand_in import StandIn
@@ -93,8 +92,7 @@ def following_us() -> tuple[float, float]:
     """Microseconds of a step of a rank other than 0, and of handing over its part, 20 kB as under the Trainer."""
     with tempfile.TemporaryDirectory(prefix="decision-") as folder:
         place = Path(folder)
-        Board.create(place / "board", 2)
-        (place / "leader").touch()
+        furnish(place, 2)
         config = SpotConfig(remote=f"{folder}/remote/run", local=f"{folder}/local")
         follower = Follower(config, Team(1, 2, place), Opened(None, is_claimed=True, max_steps=None))
         part = TorchFile(path="state.pt", tree=rng.to_portable(rng.capture()), is_part=True)

@@ -13,16 +13,14 @@ import torch
 from spot_core.emergency import Action
 from spot_core.errors import AgentError, ConfigError, Preempted, TierDeniedError, TierError
 from spot_core.ranks import team as teams
-from spot_core.ranks.board import Board
 from spot_core.ranks.notes import notes
-from spot_core.ranks.team import Failed, Opened, Team, named
+from spot_core.ranks.team import Failed, Opened, Team, furnish, named
 from spot_core.snapshot.files import BytesFile, TorchFile, torch_bytes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    Board.create(tmp_path / "board", 3)
-    (tmp_path / "leader").touch()
+    furnish(tmp_path, 3)
     return tmp_path
 
 

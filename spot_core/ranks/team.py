@@ -253,11 +253,16 @@ def _make_folder(size: int) -> tuple[Path, str]:
     place = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     _remove_left(place)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    return folder, furnish(folder, size)
+
+
+def furnish(folder: Path, size: int) -> str:
+    """Put into an empty folder what a Team expects there; returns the word by which it is known. Raises OSError."""
     nonce = secrets.token_hex(16)
     (folder / _NONCE).write_text(nonce)
     Board.create(folder / _BOARD, size)
     (folder / _LEADER).touch()
-    return folder, nonce
+    return nonce
 
 
 def _remove_left(place: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,19 @@ import pytest
 
 from spot_core.store import resume
 from tests.lightning.job import JobSpec
-from tests.lives.announcer import LEAD_S, announcer
 from tests.lives.lives import (
     assert_same_training,
-    begun,
     left_step,
     live,
     live_through_random_kills,
     live_to_the_end,
     remote_of,
     uninterrupted,
+)
+from tests.lives.together import (
+    assert_a_notice_is_trained_through,
+    assert_all_leave_at_one_step,
+    assert_kills_change_nothing,
 )
 
 EVERY_FEW = {"limit_val_batches": 1.0, "val_check_interval": 2}
@@ -62,11 +64,8 @@ def spec(tmp_path: Path) -> JobSpec:
 def test_killed_and_relaunched_ends_bit_equal(cell: str, spec: JobSpec, tmp_path: Path) -> None:
     changes, dies = CELLS[cell]
     spec = dataclasses.replace(spec, **changes)
-    reference = uninterrupted(spec, tmp_path / "reference")
-    results = live_to_the_end(spec, dies)
-    assert [result.exit_code for result in results[:-1]] == [-9] * len(dies)
-    assert "bit-exact" in results[-1].log and "not bit-exact" not in results[-1].log
-    assert_same_training(spec, reference)
+    last = assert_kills_change_nothing(spec, dies, tmp_path)
+    assert "bit-exact" in last.log and "not bit-exact" not in last.log
 
 
 def test_killed_at_random_moments_ends_bit_equal(spec: JobSpec, tmp_path: Path) -> None:
@@ -78,29 +77,12 @@ def test_killed_at_random_moments_ends_bit_equal(spec: JobSpec, tmp_path: Path) 
 
 @pytest.mark.parametrize("told", [None, 0, 1], ids=["all ranks", "rank 0", "rank 1"])
 def test_a_signal_to_any_rank_has_all_leave_at_one_step(told: int | None, spec: JobSpec, tmp_path: Path) -> None:
-    reference = uninterrupted(spec, tmp_path / "reference")
-    result = live(dataclasses.replace(spec, dies="term:6", dying_rank=told, interval_s=1000.0))
-    assert result.exit_code == 75, result.log[-3000:]
-    step = left_step(result.log)
-    assert 6 <= step <= 9
-    last = live(dataclasses.replace(spec, interval_s=1000.0))
-    assert f"resume: step {step}" in last.log
-    assert_same_training(spec, reference)
+    assert_all_leave_at_one_step(spec, told, tmp_path)
 
 
 def test_a_notice_is_trained_through(spec: JobSpec, tmp_path: Path) -> None:
     spec = dataclasses.replace(spec, interval_s=1.0, trainer={"max_epochs": -1, "max_steps": 400})
-    reference = uninterrupted(spec, tmp_path / "reference")
-    with announcer("aws", tmp_path / "told") as told:
-        life = begun(told.over(spec), steps=5)
-        deadline = told.announce(LEAD_S)
-        result = life.result()
-        assert time.time() < deadline
-    assert result.exit_code == 75, result.log[-3000:]
-    assert "once more just before the end" in result.log and "saving once more" in result.log
-    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
-    assert live(spec).exit_code == 0
-    assert_same_training(spec, reference)
+    assert_a_notice_is_trained_through(spec, tmp_path)
 
 
 def test_a_run_that_has_ended_trains_nothing_more(spec: JobSpec) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class LifeSpec:
     def environment(self) -> dict[str, str]:
         """What the process that runs it needs; PYTHONPATH goes before the repository."""
         return {}
+
+    def of_rank(self, rank: int) -> Self:
+        """What that rank is told: where to die, if it is one that does."""
+        return self if self.dying_rank in {None, rank} else dataclasses.replace(self, dies=None)
 
     @property
     def own_folder(self) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import sys
@@ -14,8 +13,6 @@ from tests.lives.job import this_rank
 if __name__ == "__main__":
     job = importlib.import_module(sys.argv[1])
     spec = job.JobSpec(**json.loads(sys.argv[2]))
-    if spec.dying_rank not in {None, this_rank()}:
-        spec = dataclasses.replace(spec, dies=None)
     spec.own_folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    job.run(spec)
+    job.run(spec.of_rank(this_rank()))

@@ -6,7 +6,6 @@ JSON request a line, `{"spec": …, "log": …}`; answers with the new process's
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
@@ -38,11 +37,7 @@ def child(job: ModuleType, request: dict[str, Any]) -> int:
     os.environ.update(spec.environ)
     if spec.ranks == 1:
         return run(job, spec)
-    return launch(
-        spec.ranks,
-        lambda rank: run(job, spec if spec.dying_rank in {None, rank} else dataclasses.replace(spec, dies=None)),
-        is_apart=spec.is_apart,
-    )
+    return launch(spec.ranks, lambda rank: run(job, spec.of_rank(rank)), is_apart=spec.is_apart)
 
 
 def run(job: ModuleType, spec: Any) -> int:
