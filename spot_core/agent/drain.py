@@ -1,8 +1,9 @@
 """Drain: bring local commits to the remote tier, newest first, and keep both tiers within their limits.
 
 Local commits are those of the local folder and those that a full disk sent to the overflow in memory.
-One checkpoint at a time: verify the local bytes, upload, read back size and digest, and only then create the
-remote manifest. A checkpoint that another one pins (the best model) goes before it. Checkpoints that retention
+One checkpoint at a time: verify the local bytes, upload, verify what is stored, and only then create the remote
+manifest. The first of a life is read back whole; later ones are where the store does not attest what it holds by a
+checksum of its own. A checkpoint that another one pins (the best model) goes before it. Checkpoints that retention
 would delete at once are not uploaded: a newer one has made them worthless.
 """
 
@@ -52,6 +53,7 @@ class Drain:
         self._readable: set[CheckpointName] = set()
         self._newer: set[CheckpointName] = set()
         self._is_local_known = True
+        self._has_read_back = False
 
     @property
     def durable(self) -> frozenset[CheckpointName]:
@@ -145,8 +147,9 @@ class Drain:
         def copy(file: FileRecord) -> None:
             path = f"{folder}/{file.path}"
             try:
-                self._remote.upload(local.path(path), path, on_bytes)
-                check_record(self._remote.record(path), file, f"{self._remote.url}/{folder}")
+                attested = self._remote.upload(local.path(path), path, on_bytes)
+                found = attested if attested and self._has_read_back else self._remote.record(path)
+                check_record(found, file, f"{self._remote.url}/{folder}")
             except FileNotFoundError as error:
                 # Taken by the agent of a newer life: the next attempt meets its fence.
                 raise TierError(f"{path} vanished while it was drained: {error}") from error
@@ -161,6 +164,7 @@ class Drain:
             # Same name, other content: only another writer of this incarnation's past can have done that.
             self._refused.add(manifest.name)
             raise
+        self._has_read_back = True
 
     def _is_on_remote(self, manifest: Manifest) -> bool:
         """Whether an earlier attempt got through although its reply was lost: committed files are not written again."""

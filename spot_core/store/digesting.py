@@ -1,8 +1,9 @@
 """Files that are digested, and on their way to the disk, while they are written.
 
-Small pieces are gathered, of which a checkpoint of adapters has thousands. Writing back begins at once, and all files
-of a checkpoint are written before the first is fsynced: then little is left to wait for. Without further threads: each
-handing over would wait for the GIL, which costs more than it saves.
+What is saved is written in one thread, beside a training that wants the GIL: each handing over would wait for it, which
+costs more than it saves. Small pieces are gathered, of which a checkpoint of adapters has thousands. Writing back
+begins at once, and all files of a checkpoint are written before the first is fsynced: then little is left to wait for.
+What is restored comes in parts, each written where it belongs by the thread that fetched it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _sync_file_range = _find_sync_file_range()
 
 
 class DigestingFile:
-    """A file that digests what is written to it, closed at the end of its block. is_new: it must not exist.
+    """A new file that digests what is written to it, closed at the end of its block.
 
     An OSError of a write ends the block as it is: torch.save makes a RuntimeError about positions of it.
     """
 
-    def __init__(self, path: Path, *, is_new: bool = True) -> None:
-        self._file = open(path, "xb" if is_new else "wb", buffering=0)
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb", buffering=0)
         self._digest = blake3()
         self._buffer = memoryview(bytearray(_GATHERED_BYTES))
         self._gathered = self._written = self._begun = 0
@@ -95,7 +96,45 @@ class DigestingFile:
 
     def _begin(self, *, at_least: int) -> None:
         count = self._written - self._begun
-        if _sync_file_range is not None and count >= at_least:
-            # Only a hint: what it does not begin the fsync does, which also tells what failed.
-            _sync_file_range(self._file.fileno(), self._begun, count, _SYNC_FILE_RANGE_WRITE)
+        if count >= at_least:
+            _write_back(self._file.fileno(), self._begun, count)
             self._begun = self._written
+
+
+class PlacedFile:
+    """A file whose parts are written in any order, by several threads, and digested in theirs.
+
+    It is closed when the last of them has let go of it: one that comes late must not meet another file's descriptor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._digest = blake3()
+        self._digested = 0
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def place(self, start: int, data: bytes) -> None:
+        """Write a part where it starts."""
+        view, at = memoryview(data), start
+        while view:
+            count = os.pwrite(self._descriptor, view, at)
+            view, at = view[count:], at + count
+        _write_back(self._descriptor, start, len(data))
+
+    def digest(self, data: bytes) -> None:
+        """Digest the next part, which has been placed."""
+        self._digest.update(data)
+        self._digested += len(data)
+
+    def durable(self, path: str) -> FileRecord:
+        """Make it durable; returns size and digest under the name `path`."""
+        os.fsync(self._descriptor)
+        return FileRecord(path, self._digested, str(self._digest.hexdigest()))
+
+
+def _write_back(descriptor: int, start: int, count: int) -> None:
+    """Only a hint: what it does not begin the fsync does, which also tells what failed."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, start, count, _SYNC_FILE_RANGE_WRITE)

@@ -108,7 +108,7 @@ class PosixTier:
                 os.replace(temporary, target)
             fsync_folder(target.parent)
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
+    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
         target = self._place(path)
         with _translated(f"write {target}"):
             self.make_folder(target.parent)
@@ -116,8 +116,9 @@ class PosixTier:
                 _copy_durably(source, temporary, on_bytes)
                 os.replace(temporary, target)
             fsync_folder(target.parent)
+        return None
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
+    def download(self, path: str, target: Path, on_bytes: OnBytes, *, size: int | None = None) -> FileRecord:
         with _translated(f"read {self.path(path)}"):
             _copy_durably(self._stored(path), target, on_bytes)
             return digest_file(target)

@@ -31,7 +31,7 @@ from spot_core.errors import (
     shown,
 )
 from spot_core.store import folders, s3
-from spot_core.store.digesting import DigestingFile
+from spot_core.store.digesting import PlacedFile
 from spot_core.store.manifest import FileRecord
 from spot_core.store.s3 import S3
 from spot_core.store.s3_files import PARALLEL_PARTS, PART_BYTES
@@ -173,11 +173,10 @@ class FsspecTier:
     def replace(self, path: str, data: bytes) -> None:
         self._do("write", path, lambda: self._write(path, data, "overwrite"))
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
+    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
         if self._s3:
             with _translated(f"write {self.url}/{path}"):
-                self._s3.put_file(source, path, on_bytes)
-            return
+                return self._s3.put_file(source, path, on_bytes)
 
         def put() -> None:
             if self._folders:
@@ -186,6 +185,7 @@ class FsspecTier:
 
         self._do("write", path, put)
         on_bytes(source.stat().st_size)
+        return None
 
     def sweep_uploads(self, before_incarnation: int) -> int:
         if self._s3 is None:
@@ -229,31 +229,40 @@ class FsspecTier:
         self._do("make", "", partial(self._folders.make, self._root))
         return partial(self._do, "remove", "", partial(self._folders.remove_empty, missing))
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
-        size = self.size(path)
-        with _translated(f"read {self.url}/{path}"), DigestingFile(target, is_new=False) as file:
-            with contextlib.closing(self._parts(path, size)) as parts:
+    def download(self, path: str, target: Path, on_bytes: OnBytes, *, size: int | None = None) -> FileRecord:
+        size = self.size(path) if size is None else size
+        with _translated(f"read {self.url}/{path}"):
+            file = PlacedFile(target)
+            with contextlib.closing(self._parts(path, size, file.place)) as parts:
                 for part in parts:
-                    file.write(part)
+                    file.digest(part)
                     on_bytes(len(part))
             return file.durable(path)
 
     def record(self, path: str) -> FileRecord:
         digest, read = blake3(), 0
-        with contextlib.closing(self._parts(path, self.size(path))) as parts:
+        with contextlib.closing(self._parts(path, self.size(path), lambda *_: None)) as parts:
             for part in parts:
                 digest.update(part)
                 read += len(part)
         return FileRecord(path, read, digest.hexdigest())
 
-    def _parts(self, path: str, size: int) -> Generator[bytes, None, None]:
-        """What is stored, in order; a few parts travel at a time, while the one before is used. To be closed."""
+    def _parts(self, path: str, size: int, place: Callable[[int, bytes], None]) -> Generator[bytes, None, None]:
+        """What is stored, in order; a few parts travel at a time, while the one before is used. To be closed.
+
+        place: told of each part and where it starts when it has arrived, by the thread that fetched it.
+        """
+
+        def fetch(start: int) -> bytes:
+            part = self._fetch(path, start, min(start + PART_BYTES, size))
+            place(start, part)
+            return part
+
         # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
         if size <= PART_BYTES:
-            yield from [self._fetch(path, 0, size)] if size else []
+            yield from [fetch(0)] if size else []
             return
-        starts = range(0, size, PART_BYTES)
-        fetches = (partial(self._fetch, path, start, min(start + PART_BYTES, size)) for start in starts)
+        fetches = (partial(fetch, start) for start in range(0, size, PART_BYTES))
         # Of several large files each would hold its own parts in memory: those of one fill the network.
         with self._reading, contextlib.closing(in_order(fetches, at_once=PARALLEL_PARTS)) as parts:
             yield from parts

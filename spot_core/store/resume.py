@@ -256,7 +256,7 @@ def download_files(
     def copy(file: FileRecord, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = remote.download(f"{folder}/{file.path}", path, on_bytes)
+            found = remote.download(f"{folder}/{file.path}", path, on_bytes, size=file.bytes)
         except FileNotFoundError as error:
             raise CorruptCheckpointError(f"{remote.url}/{folder}/{file.path} is missing") from error
         check_record(found, file, f"{remote.url}/{folder}")

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from spot_core.errors import ConfigError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import FileRecord
 from spot_core.store.s3_files import PART_BYTES, S3Files
 from spot_core.store.tier import OnBytes
 
@@ -50,6 +51,7 @@ def is_s3(url: str) -> bool:
 
 def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
     """The user's options, which win, over the measured ones. Raises ConfigError for a class that only archives."""
+    is_tls = _is_tls(storage_options)
     config = {
         "connect_timeout": 5,
         "read_timeout": 60,
@@ -57,7 +59,10 @@ def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
         # Every byte is verified against the manifest; some servers send the whole object's checksum with a range of it.
         "response_checksum_validation": "when_required",
     }
-    more = {"ChecksumAlgorithm": CHECKSUM} if _can_checksum(storage_options) else {}
+    if not is_tls:
+        config["request_checksum_calculation"] = "when_required"  # the signature covers what is sent
+    # Without awscrt this one cannot be computed.
+    more = {"ChecksumAlgorithm": CHECKSUM} if is_tls and importlib.util.find_spec("awscrt") is not None else {}
     more.update(storage_options.get("s3_additional_kwargs") or {})
     if more.get("StorageClass") in _ARCHIVES:
         raise ConfigError(
@@ -72,13 +77,11 @@ def with_defaults(storage_options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _can_checksum(options: Mapping[str, Any]) -> bool:
-    """Over http the signature covers the payload already; without awscrt this checksum cannot be computed."""
+def _is_tls(options: Mapping[str, Any]) -> bool:
     client = options.get("client_kwargs") or {}
     endpoint = options.get("endpoint_url") or client.get("endpoint_url")
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://"
-    is_tls = str(endpoint).startswith("https://") and options.get("use_ssl", True) and client.get("use_ssl", True)
-    return bool(is_tls) and importlib.util.find_spec("awscrt") is not None
+    return bool(str(endpoint).startswith("https://") and options.get("use_ssl", True) and client.get("use_ssl", True))
 
 
 def is_passing(error: BaseException) -> bool:
@@ -170,14 +173,18 @@ class S3:
         """Bytes `start` to `end` (without it) of a file."""
         return self.call(lambda: self._files.read(self._key(path), start, end))
 
-    def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        """Upload a file, a large one in parallel parts. What was begun and fails is aborted."""
+    def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
+        """Upload a file, a large one in parallel parts. What was begun and fails is aborted.
+
+        Returns what was sent if the store attests that it holds it; see `S3Files.put`.
+        """
         size = source.stat().st_size
         # Of several large files each would hold its own parts in memory: those of one fill the network.
         with self._large if size > PART_BYTES else contextlib.nullcontext():
-            self._put(source, path, size, on_bytes)
+            digest = self._put(source, path, size, on_bytes)
+        return None if digest is None else FileRecord(path, size, digest)
 
-    def _put(self, source: Path, path: str, size: int, on_bytes: OnBytes) -> None:
+    def _put(self, source: Path, path: str, size: int, on_bytes: OnBytes) -> str | None:
         done = 0
 
         def told(count: int) -> None:
@@ -185,11 +192,11 @@ class S3:
             done += count
             on_bytes(count)
 
-        def put() -> None:
+        def put() -> str | None:
             if done:
                 told(-done)  # once more from the start
             try:
-                self._files.put(source, self._key(path), told)
+                return self._files.put(source, self._key(path), told)
             except FileNotFoundError as error:
                 # The reply to the completing request was lost, and its repetition found the upload gone.
                 if (
@@ -197,10 +204,12 @@ class S3:
                     or int(self._fs.info(f"{self._bucket}/{self._key(path)}")["size"]) != size
                 ):
                     raise
+                return None
 
-        self.call(put)
+        digest = self.call(put)
         if done != size:
             told(size - done)
+        return digest
 
     def sweep_uploads(self, before_incarnation: int) -> int:
         """Abort the unfinished uploads of this run's earlier lives; returns how many.

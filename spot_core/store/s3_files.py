@@ -8,21 +8,22 @@ S3FileSystem, which begins and ends uploads and does everything else.
 from __future__ import annotations
 
 import contextlib
-import os
+import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import stamina
+from blake3 import blake3
 
 from spot_core.bounded import in_order
 from spot_core.store.tier import OnBytes
 
-PART_BYTES = 16 << 20
-PARALLEL_PARTS = 4
+PART_BYTES = 8 << 20
+PARALLEL_PARTS = 8
 _MAX_PARTS = 10_000
 
 _T = TypeVar("_T")
@@ -48,47 +49,65 @@ class S3Files:
         which = f"bytes={start}-{end - 1}"
         return self._request("get_object", lambda reply: bytes(reply["Body"].read()), Key=key, Range=which)
 
-    def put(self, source: Path, key: str, on_bytes: OnBytes) -> None:
-        """Upload a file; on_bytes is told of each part. What was begun and fails is aborted by its own id."""
+    def put(self, source: Path, key: str, on_bytes: OnBytes) -> str | None:
+        """Upload a file; on_bytes is told of each part. What was begun and fails is aborted by its own id.
+
+        Returns the digest of what was sent if the store says that it holds just that: by its size and, as most stores
+        give it, an MD5 in the ETag. Nobody told it that sum: it must have read the bytes. None if the ETag is something
+        else, as with keys of KMS: then only reading back tells.
+        """
         size = source.stat().st_size
         part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         if size <= part_bytes:
-            self._request("put_object", lambda _: None, Key=key, Body=source.read_bytes())
+            data = source.read_bytes()
+            digest, etag = blake3(data), _md5(data).hex()
+            self._request("put_object", lambda _: None, Key=key, Body=data)
             on_bytes(size)
-            return
-        which = {"Bucket": self._bucket, "Key": key}
-        which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
-        try:
-            parts = self._put_parts(source, size, part_bytes, which, on_bytes)
-            self._fs.call_s3("complete_multipart_upload", **which, MultipartUpload={"Parts": parts})
-        except Exception:
-            with contextlib.suppress(Exception):
-                self._fs.call_s3("abort_multipart_upload", **which)
-            raise
+        else:
+            which = {"Bucket": self._bucket, "Key": key}
+            which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
+            try:
+                digest, parts, sums = self._put_parts(source, size, part_bytes, which, on_bytes)
+                self._fs.call_s3("complete_multipart_upload", **which, MultipartUpload={"Parts": parts})
+            except Exception:
+                with contextlib.suppress(Exception):
+                    self._fs.call_s3("abort_multipart_upload", **which)
+                raise
+            etag = f"{_md5(b''.join(sums)).hex()}-{len(sums)}"
+        found = self._request("head_object", lambda reply: (reply["ContentLength"], reply["ETag"].strip('"')), Key=key)
+        return str(digest.hexdigest()) if found == (size, etag) else None
 
     def _put_parts(
         self, source: Path, size: int, part_bytes: int, which: dict[str, str], on_bytes: OnBytes
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[blake3, Sequence[dict[str, Any]], Sequence[bytes]]:
+        """Returns the digest of what was sent, how the store names its parts, and their MD5 sums."""
+        digest = blake3()
         is_over = threading.Event()
 
-        def put(number: int) -> tuple[dict[str, Any], int]:
-            with open(source, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
+        def put(number: int, data: bytes) -> tuple[dict[str, Any], bytes, int]:
             what = {**which, "PartNumber": number, "Body": data}
-            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
-            return {"PartNumber": number, "ETag": etag}, len(data)
+            is_wanted = lambda: not is_over.is_set()  # noqa: E731
+            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=is_wanted, **what)
+            return {"PartNumber": number, "ETag": etag}, _md5(data), len(data)
 
-        numbers = range(1, -(-size // part_bytes) + 1)
-        parts = []
+        def puts(file: BinaryIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, int]]]:
+            for number in range(1, -(-size // part_bytes) + 1):
+                data = file.read(part_bytes)
+                digest.update(data)
+                yield partial(put, number, data)
+
+        parts, sums = [], []
         try:
-            for part, count in in_order((partial(put, number) for number in numbers), at_once=PARALLEL_PARTS):
-                parts.append(part)
-                on_bytes(count)
+            with open(source, "rb", buffering=0) as file:
+                for part, md5, count in in_order(puts(file), at_once=PARALLEL_PARTS):
+                    parts.append(part)
+                    sums.append(md5)
+                    on_bytes(count)
         finally:
             # What is on its way after a failure is not waited for: before an announced end something else may have to
             # be uploaded.
             is_over.set()
-        return parts
+        return digest, parts, sums
 
     def _request(
         self,
@@ -126,6 +145,10 @@ class S3Files:
             if self._made is None:
                 self._made = _make_client(self._fs)
             return self._made
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 def _make_client(fs: Any) -> Any:

@@ -60,11 +60,17 @@ class Tier(Protocol):
     def replace(self, path: str, data: bytes) -> None:
         """Write `data` whole, over what is there. Only for files with one owner."""
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        """Copy a local file into the tier. The name may hold a torn copy until this returns."""
+    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
+        """Copy a local file into the tier. The name may hold a torn copy until this returns.
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
-        """Copy to a local file, durably; returns what arrived, for the caller to verify. Raises FileNotFoundError."""
+        Returns what was sent if the store itself attests that it holds just that. None: `record` tells.
+        """
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes, *, size: int | None = None) -> FileRecord:
+        """Copy to a local file, durably; returns what arrived, for the caller to verify. Raises FileNotFoundError.
+
+        size: bytes of what is stored, where the caller knows: it need not be asked for.
+        """
 
     def size(self, path: str) -> int:
         """Bytes of what is stored, without reading it. Raises FileNotFoundError."""

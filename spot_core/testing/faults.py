@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -135,8 +136,8 @@ class FaultyTier:
     def replace(self, path: str, data: bytes) -> None:
         self._plan.run(self._name, "replace", path, lambda: self._inner.replace(path, data))
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-        self._plan.run(
+    def upload(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
+        return self._plan.run(
             self._name,
             "upload",
             path,
@@ -144,8 +145,9 @@ class FaultyTier:
             lambda: _upload_half(self._inner, source, path),
         )
 
-    def download(self, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
-        return self._plan.run(self._name, "download", path, lambda: self._inner.download(path, target, on_bytes))
+    def download(self, path: str, target: Path, on_bytes: OnBytes, *, size: int | None = None) -> FileRecord:
+        action = partial(self._inner.download, path, target, on_bytes, size=size)
+        return self._plan.run(self._name, "download", path, action)
 
     def size(self, path: str) -> int:
         return self._plan.run(self._name, "size", path, lambda: self._inner.size(path))
