@@ -6,6 +6,7 @@ One connection to the server per request; the Host header is left alone, so that
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Fault:
     status, code: the answer instead of the server's, which never hears of it. reset_after_bytes: so much of the
     server's reply comes through (0: none, although the request was done), then the connection is reset.
     reset_body_after_bytes: so much of the request's body is taken, then the connection is reset. delay_s: it waits
-    before the server hears of it. body: with status, the whole answer.
+    before the server hears of it. body: with status, the whole answer. alters: the last byte of the request's body is
+    another one when it arrives. etag: instead of the one in the server's reply.
     """
 
     status: int | None = None
@@ -45,6 +47,8 @@ class Fault:
     reset_body_after_bytes: int | None = None
     delay_s: float = 0.0
     body: str = ""
+    alters: bool = False
+    etag: str = ""
 
 
 SLOW_DOWN = Fault(status=503, code="SlowDown")
@@ -123,8 +127,12 @@ class FaultProxy:
             await asyncio.sleep(fault.delay_s)
             if fault.status is not None:
                 return await self._answer(writer, fault, method)
+            if fault.alters:
+                body = body[:-1] + bytes([body[-1] ^ 1])
         passed = {name: value for name, value in headers.items() if name not in self.strips | {"connection"}}
         reply = await self._forward(lines[0], passed, body)
+        if fault is not None and fault.etag:
+            reply = re.sub(rb'(?i)(\r\netag: )"[^"]*"', rb'\1"' + fault.etag.encode() + b'"', reply, count=1)
         if fault is not None and fault.reset_after_bytes is not None:
             start = reply.index(b"\r\n\r\n") + 4 if fault.reset_after_bytes else 0
             writer.write(reply[: start + fault.reset_after_bytes])

@@ -171,10 +171,11 @@ class TierContract:
         source.write_bytes(os.urandom(size))
         uploaded: list[int] = []
         downloaded: list[int] = []
-        tier.upload(source, "checkpoints/one/model.bin", uploaded.append)
+        attested = tier.upload(source, "checkpoints/one/model.bin", uploaded.append)
         found, wanted = other.record("checkpoints/one/model.bin"), digest_file(source)
         assert (found.bytes, found.digest) == (wanted.bytes, wanted.digest)
-        other.download("checkpoints/one/model.bin", target, downloaded.append)
+        assert attested is None or attested == found
+        other.download("checkpoints/one/model.bin", target, downloaded.append, size=size)
         assert filecmp.cmp(source, target, shallow=False)
         assert sum(uploaded) == sum(downloaded) == size
 

@@ -15,6 +15,7 @@ from spot_core.store import identity as identities
 from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
+from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.store.tier import OnBytes, Tier
@@ -262,12 +263,13 @@ def test_bytes_that_change_on_the_way_are_not_committed(local: PosixTier, remote
     class Corrupting(PosixTier):
         is_broken = True
 
-        def upload(self, source: Path, path: str, on_bytes: OnBytes) -> None:
-            super().upload(source, path, on_bytes)
+        def upload(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
+            attested = super().upload(source, path, on_bytes)
             if self.is_broken and path.endswith("model.bin"):
                 data = bytearray(self.read(path))
                 data[5] ^= 1
                 self.replace(path, bytes(data))
+            return attested
 
     broken = Corrupting(remote.root)
     commit_checkpoint(local, ONE)

@@ -1,0 +1,134 @@
+"""What an S3 server says that it holds: a drain believes a checksum that the server computed, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spot_core.errors import CorruptCheckpointError
+from spot_core.store import resume
+from spot_core.store.posix import PosixTier
+from spot_core.store.remote import FsspecTier
+from spot_core.store.s3_files import PART_BYTES
+from spot_core.store.tier import digest_file
+from spot_core.testing.checkpoints import commit_checkpoint
+from tests.agent.draining import ONE, THREE, TWO, drain_all, make_drain
+from tests.faultproxy import Fault, FaultProxy, Request
+from tests.servers import S3Server
+
+PATH = "checkpoints/one/model.bin"
+SIZES = [1, PART_BYTES, 2 * PART_BYTES + 5]
+
+
+def behind(proxy: FaultProxy, server: S3Server) -> FsspecTier:
+    return FsspecTier(f"s3://{server.new_bucket()}/run", {**proxy.options, "skip_instance_cache": True})
+
+
+@pytest.fixture
+def remote(s3_server: S3Server, proxy: FaultProxy) -> FsspecTier:
+    return behind(proxy, s3_server)
+
+
+@pytest.fixture
+def careless(lenient_server: S3Server) -> Iterator[tuple[FsspecTier, FaultProxy]]:
+    """A server that takes altered bytes as they are: it looks at no signature."""
+    with FaultProxy(lenient_server.port) as proxy:
+        yield behind(proxy, lenient_server), proxy
+
+
+def make_source(folder: Path, size: int) -> Path:
+    path = folder / "source"
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+def is_upload(request: Request) -> bool:
+    return request.method == "PUT" and request.is_data
+
+
+def downloads(proxy: FaultProxy) -> int:
+    requests = (request for request in proxy.seen if request.method == "GET" and request.is_data)
+    return sum("list-type" not in request.path for request in requests)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [0, *SIZES])
+def test_the_store_attests_what_was_sent(remote: FsspecTier, tmp_path: Path, size: int) -> None:
+    source = make_source(tmp_path, size)
+    attested = remote.upload(source, PATH, lambda _: None)
+    assert attested is not None and attested.path == PATH
+    assert (attested.bytes, attested.digest) == (size, digest_file(source).digest)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_altered_on_the_way_are_not_attested(
+    careless: tuple[FsspecTier, FaultProxy], tmp_path: Path, size: int
+) -> None:
+    remote, proxy = careless
+    source = make_source(tmp_path, size)
+    proxy.chooses = lambda request: Fault(alters=True) if is_upload(request) and not proxy.fired else None
+    assert remote.upload(source, PATH, lambda _: None) is None
+    assert proxy.fired
+    assert remote.record(PATH).digest != digest_file(source).digest
+    assert remote.upload(source, PATH, lambda _: None) is not None
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("etag", ["0" * 32, "d41d8cd98f00b204e9800998ecf8427e-1", "a-b-c"])
+def test_an_etag_that_is_no_sum_of_the_bytes_attests_nothing(
+    remote: FsspecTier, proxy: FaultProxy, tmp_path: Path, size: int, etag: str
+) -> None:
+    """As with keys of KMS."""
+    proxy.chooses = lambda request: Fault(etag=etag) if request.method == "HEAD" else None
+    source = make_source(tmp_path, size)
+    assert remote.upload(source, PATH, lambda _: None) is None
+    assert proxy.fired
+    assert remote.record(PATH).digest == digest_file(source).digest
+
+
+@pytest.mark.s3
+def test_the_first_of_a_life_is_read_back_and_later_ones_are_attested(
+    local: PosixTier, remote: FsspecTier, proxy: FaultProxy
+) -> None:
+    drain = make_drain(local, remote)
+    manifest = commit_checkpoint(local, ONE)
+    assert drain_all(drain) == [ONE]
+    assert downloads(proxy) == sum(file.bytes > 0 for file in manifest.files)
+    proxy.seen.clear()
+    commit_checkpoint(local, TWO)
+    assert drain_all(drain) == [TWO]
+    assert downloads(proxy) == 0
+    commit_checkpoint(local, THREE)
+    assert drain_all(make_drain(local, remote)) == [THREE]
+    assert downloads(proxy) > 0
+
+
+def test_every_one_is_read_back_where_the_store_attests_nothing(
+    local: PosixTier, remote: FsspecTier, proxy: FaultProxy
+) -> None:
+    proxy.chooses = lambda request: Fault(etag="0" * 32) if request.method == "HEAD" else None
+    drain = make_drain(local, remote)
+    for name in (ONE, TWO, THREE):
+        proxy.seen.clear()
+        manifest = commit_checkpoint(local, name)
+        assert drain_all(drain) == [name]
+        assert downloads(proxy) == sum(file.bytes > 0 for file in manifest.files)
+
+
+def test_what_changed_on_the_way_is_not_committed_and_the_next_attempt_is(
+    local: PosixTier, careless: tuple[FsspecTier, FaultProxy]
+) -> None:
+    remote, proxy = careless
+    drain = make_drain(local, remote)
+    commit_checkpoint(local, ONE)
+    assert drain_all(drain) == [ONE]
+    commit_checkpoint(local, TWO)
+    proxy.chooses = lambda request: Fault(alters=True) if is_upload(request) and not proxy.fired else None
+    with pytest.raises(CorruptCheckpointError, match="digest of its manifest"):
+        drain.step(lambda *_: None)
+    assert resume.names(remote) == [ONE]
+    assert drain_all(drain) == [TWO]
+    resume.verify(remote, resume.read_manifest(remote, TWO))
