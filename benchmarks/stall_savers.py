@@ -126,7 +126,7 @@ class CopySaver(Saver):
 
     def __init__(self, training: Training, folder: Path) -> None:
         super().__init__(training, folder)
-        self._live = list(tensors_of(self.state()))
+        self._live = tensors_of(self.state())
         self._host = [torch.zeros_like(tensor) for tensor in self._live]
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ class Turns:
         for round_ in range(self._repeat + 1):
             first = round_ % len(savers)
             self._turns += [(saver, round_ > 0) for saver in savers[first:] + savers[:first]]
-        self.tensors = list(tensors_of(savers[0].state()))
+        self.tensors = tensors_of(savers[0].state())
         self._savers = savers
 
     def _hold(self, call: Callable[[], None]) -> None:

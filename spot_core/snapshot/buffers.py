@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
 import torch
 
 _ALIGNMENT = 64
+_LAYOUT = attrgetter("dtype", "shape")
 # Kept free for the trainer itself when deciding whether a snapshot fits in host memory.
 _HEADROOM_BYTES = 1 << 30
 
@@ -18,7 +20,7 @@ class HostBuffers:
 
     def __init__(self, *, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
-        self._layout: tuple[tuple[torch.dtype, torch.Size], ...] = ()
+        self._layout: list[tuple[torch.dtype, torch.Size]] = []
         self._views: list[torch.Tensor] = []
 
     @property
@@ -30,7 +32,7 @@ class HostBuffers:
 
         Raises MemoryError if they would not leave room for the trainer.
         """
-        layout = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+        layout = list(map(_LAYOUT, tensors))
         if layout != self._layout:
             self._allocate(tensors)
             self._layout = layout
@@ -42,7 +44,7 @@ class HostBuffers:
             offsets.append(total)
             total += -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         needed = total - self.bytes
-        self._views, self._layout = [], ()
+        self._views, self._layout = [], []
         if needed + _HEADROOM_BYTES > available_bytes():
             raise MemoryError(
                 f"a snapshot needs {total / 1e9:.1f} GB of host memory, {available_bytes() / 1e9:.1f} GB are free"

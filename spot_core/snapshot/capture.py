@@ -149,7 +149,7 @@ def _clone(tensor: torch.Tensor) -> torch.Tensor:
 def _ordered_tensors(file: NativeFile) -> list[torch.Tensor]:
     if isinstance(file, SafetensorsFile):
         return [file.tensors[key] for key in safetensors_order(file.tensors)]
-    return [] if isinstance(file, BytesFile) else list(tensors_of(file.tree))
+    return [] if isinstance(file, BytesFile) else tensors_of(file.tree)
 
 
 def _on_host(file: NativeFile, supply: Iterator[torch.Tensor]) -> NativeFile:

@@ -11,7 +11,7 @@ import copy
 import io
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
@@ -38,6 +38,7 @@ _SAFETENSORS_DTYPES = {
 
 
 _IMMUTABLE = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset(_IMMUTABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,8 @@ def tensor_bytes(file: NativeFile) -> int:
 
 def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
     """Copy of nested containers with `leaf` applied to each tensor: later changes to the original don't show."""
+    if type(tree) in _PLAIN:
+        return tree
     if isinstance(tree, torch.Tensor):
         return leaf(tree)
     if isinstance(tree, _IMMUTABLE):
@@ -142,16 +145,21 @@ def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
-def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+def tensors_of(tree: Any) -> list[torch.Tensor]:
     """Every tensor of nested containers, in the order `rebuild` visits them."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors_of(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from tensors_of(value)
+    found: list[torch.Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: Any, found: list[torch.Tensor]) -> None:
+    # Of an optimizer there are thousands, gathered while the training thread waits for the interpreter.
+    if isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            if type(value) not in _PLAIN:
+                _gather(value, found)
+    elif isinstance(tree, torch.Tensor):
+        found.append(tree)
 
 
 def safetensors_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
