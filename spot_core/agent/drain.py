@@ -2,7 +2,7 @@
 
 Local commits are those of the local folder and those that a full disk sent to the overflow in memory.
 One checkpoint at a time: verify the local bytes, upload, verify what is stored, and only then create the remote
-manifest. The first of a life is read back whole; later ones are where the store does not attest what it holds by a
+manifest. The first of a life is read back whole; later ones only where the store does not attest what it holds by a
 checksum of its own. A checkpoint that another one pins (the best model) goes before it. Checkpoints that retention
 would delete at once are not uploaded: a newer one has made them worthless.
 """

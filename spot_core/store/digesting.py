@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,11 +110,9 @@ class PlacedFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        weakref.finalize(self, os.close, self._descriptor)
         self._digest = blake3()
         self._digested = 0
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
     def place(self, start: int, data: bytes) -> None:
         """Write a part where it starts."""

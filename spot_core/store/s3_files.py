@@ -74,7 +74,9 @@ class S3Files:
                     self._fs.call_s3("abort_multipart_upload", **which)
                 raise
             etag = f"{_md5(b''.join(sums)).hex()}-{len(sums)}"
-        found = self._request("head_object", lambda reply: (reply["ContentLength"], reply["ETag"].strip('"')), Key=key)
+        found = self._request(
+            "head_object", lambda reply: (reply["ContentLength"], reply.get("ETag", "").strip('"')), Key=key
+        )
         return str(digest.hexdigest()) if found == (size, etag) else None
 
     def _put_parts(

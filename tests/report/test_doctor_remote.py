@@ -82,7 +82,9 @@ def proxied(proxy: FaultProxy, s3_server: S3Server, monkeypatch: pytest.MonkeyPa
 def test_a_bucket_that_is_new_passes_and_stays_empty(bucket: Bucket, doctor: Examine) -> None:
     result = doctor("--state-mb", MB_IN_PARTS, remote=bucket.url)
     assert statuses(result, "remote") == dict.fromkeys(ALL_S3, "ok"), result.out
-    assert found(result)["remote", "upload"]["measured"]["upload_bytes_per_s"] > 0
+    upload = found(result)["remote", "upload"]
+    assert upload["measured"]["upload_bytes_per_s"] > 0
+    assert "the store attests what it holds" in upload["detail"]
     assert statuses(result, "clock") == {"skew": "ok"}
     assert bucket.content() == {"uploads": []}
 
@@ -118,6 +120,7 @@ def test_sftp_passes_but_for_conditional_writes_and_no_folder_stays(
     result = doctor(remote=url)
     wanted = {**dict.fromkeys((*ALL, "upload"), "ok"), "conditional write": "warning"}
     assert statuses(result, "remote") == wanted, result.out
+    assert "read back whole" in (detail := found(result)["remote", "upload"]["detail"]) and "every checkpoint" in detail
     fs = fsspec.filesystem("sftp", host="127.0.0.1", port=sftp_server.port, **sftp_server.options)
     top = f"/{url.split('/')[3]}"
     assert not fs.exists(top)

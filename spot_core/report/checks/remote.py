@@ -191,7 +191,7 @@ class RemoteProbe:
                 done += number
                 on_progress(done, total)
 
-            self.tier.upload(sample, path, on_bytes)
+            attested = self.tier.upload(sample, path, on_bytes)
         self._uploads.remove(path)
         uploaded = time.perf_counter()
         try:
@@ -199,11 +199,12 @@ class RemoteProbe:
         except CorruptCheckpointError as error:
             return self._lies("upload", str(error))
         self.upload_s, self.read_s = uploaded - began, time.perf_counter() - uploaded
+        which = "the first checkpoint of a life: the store attests what it holds" if attested else "every checkpoint"
         speeds = [total / max(seconds, 1e-9) for seconds in (self.upload_s, self.read_s)]
         return AREA.ok(
             "upload",
             f"{size(total)} uploaded in {duration(self.upload_s)}, {size(speeds[0])}/s, and read back whole in "
-            f"{duration(self.read_s)}, {size(speeds[1])}/s",
+            f"{duration(self.read_s)}, {size(speeds[1])}/s, as {which}",
             upload_bytes_per_s=round(speeds[0]),
             read_bytes_per_s=round(speeds[1]),
         )
