@@ -6,13 +6,13 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from spot_core.errors import TierError
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier
-from spot_core.store.tier import OnBytes
 from tests.report.conftest import Spot, everything_in, spot_process
 from tests.report.stored import BuiltRun
 
@@ -131,7 +131,7 @@ def test_a_folder_that_is_in_the_way_is_left_as_it_is_before_anything_is_downloa
     spot: Spot, run: BuiltRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.commit(10)
-    monkeypatch.setattr(PosixTier, "download", lambda *_: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(PosixTier, "download", lambda *_, **__: pytest.fail("it was downloaded"))
     mine = tmp_path / "out" / "checkpoint-10" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
@@ -156,8 +156,8 @@ def test_a_file_that_comes_while_downloading_is_not_replaced(
     run.commit(30, native="step-30.ckpt")
     download = PosixTier.download
 
-    def someone_else_is_faster(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
-        found = download(tier, path, target, on_bytes)
+    def someone_else_is_faster(*args: Any, **options: Any) -> FileRecord:
+        found = download(*args, **options)
         (tmp_path / "out" / "step-30.ckpt").write_text("theirs")
         return found
 
@@ -172,11 +172,11 @@ def test_a_download_that_fails_halfway_leaves_nothing(
     run.commit(10)
     download, calls = PosixTier.download, []
 
-    def failing(tier: PosixTier, path: str, target: Path, on_bytes: OnBytes) -> FileRecord:
+    def failing(tier: PosixTier, path: str, *args: Any, **options: Any) -> FileRecord:
         calls.append(path)
         if len(calls) == 2:
             raise TierError("the network is gone")
-        return download(tier, path, target, on_bytes)
+        return download(tier, path, *args, **options)
 
     monkeypatch.setattr(PosixTier, "download", failing)
     result = spot("restore", run.url, "--to", tmp_path / "out")
