@@ -38,7 +38,6 @@ _SAFETENSORS_DTYPES = {
 
 
 _IMMUTABLE = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
-_PLAIN = frozenset(_IMMUTABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +104,6 @@ def tensor_bytes(file: NativeFile) -> int:
 
 def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
     """Copy of nested containers with `leaf` applied to each tensor: later changes to the original don't show."""
-    if type(tree) in _PLAIN:
-        return tree
     if isinstance(tree, torch.Tensor):
         return leaf(tree)
     if isinstance(tree, _IMMUTABLE):
@@ -156,8 +153,7 @@ def _gather(tree: Any, found: list[torch.Tensor]) -> None:
     # Of an optimizer there are thousands, gathered while the training thread waits for the interpreter.
     if isinstance(tree, (dict, list, tuple)):
         for value in tree.values() if isinstance(tree, dict) else tree:
-            if type(value) not in _PLAIN:
-                _gather(value, found)
+            _gather(value, found)
     elif isinstance(tree, torch.Tensor):
         found.append(tree)
 

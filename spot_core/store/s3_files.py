@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -67,13 +67,12 @@ class S3Files:
             which = {"Bucket": self._bucket, "Key": key}
             which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
             try:
-                digest, parts, sums = self._put_parts(source, size, part_bytes, which, on_bytes)
+                digest, etag, parts = self._put_parts(source, size, part_bytes, which, on_bytes)
                 self._fs.call_s3("complete_multipart_upload", **which, MultipartUpload={"Parts": parts})
             except Exception:
                 with contextlib.suppress(Exception):
                     self._fs.call_s3("abort_multipart_upload", **which)
                 raise
-            etag = f"{_md5(b''.join(sums)).hex()}-{len(sums)}"
         found = self._request(
             "head_object", lambda reply: (reply["ContentLength"], reply.get("ETag", "").strip('"')), Key=key
         )
@@ -81,15 +80,14 @@ class S3Files:
 
     def _put_parts(
         self, source: Path, size: int, part_bytes: int, which: dict[str, str], on_bytes: OnBytes
-    ) -> tuple[blake3, Sequence[dict[str, Any]], Sequence[bytes]]:
-        """Returns the digest of what was sent, how the store names its parts, and their MD5 sums."""
-        digest = blake3()
+    ) -> tuple[blake3, str, list[dict[str, Any]]]:
+        """Returns the digest of what was sent, the ETag that the whole will have, and how the store names its parts."""
+        digest, sums = blake3(), b""
         is_over = threading.Event()
 
         def put(number: int, data: bytes) -> tuple[dict[str, Any], bytes, int]:
             what = {**which, "PartNumber": number, "Body": data}
-            is_wanted = lambda: not is_over.is_set()  # noqa: E731
-            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=is_wanted, **what)
+            etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
             return {"PartNumber": number, "ETag": etag}, _md5(data), len(data)
 
         def puts(file: BinaryIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, int]]]:
@@ -98,18 +96,18 @@ class S3Files:
                 digest.update(data)
                 yield partial(put, number, data)
 
-        parts, sums = [], []
+        parts = []
         try:
             with open(source, "rb", buffering=0) as file:
                 for part, md5, count in in_order(puts(file), at_once=PARALLEL_PARTS):
                     parts.append(part)
-                    sums.append(md5)
+                    sums += md5
                     on_bytes(count)
         finally:
             # What is on its way after a failure is not waited for: before an announced end something else may have to
             # be uploaded.
             is_over.set()
-        return digest, parts, sums
+        return digest, f"{_md5(sums).hex()}-{len(parts)}", parts
 
     def _request(
         self,

@@ -120,7 +120,8 @@ def test_sftp_passes_but_for_conditional_writes_and_no_folder_stays(
     result = doctor(remote=url)
     wanted = {**dict.fromkeys((*ALL, "upload"), "ok"), "conditional write": "warning"}
     assert statuses(result, "remote") == wanted, result.out
-    assert "read back whole" in (detail := found(result)["remote", "upload"]["detail"]) and "every checkpoint" in detail
+    detail = found(result)["remote", "upload"]["detail"]
+    assert "read back whole" in detail and "every checkpoint" in detail
     fs = fsspec.filesystem("sftp", host="127.0.0.1", port=sftp_server.port, **sftp_server.options)
     top = f"/{url.split('/')[3]}"
     assert not fs.exists(top)
