@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from spot_core.snapshot.files import tensors_of
+from spot_core.snapshot.trees import tensors_of
 
 if TYPE_CHECKING:
     from stall_spot import SpotHooks

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from stall_savers import Saver, Training
 
-from spot_core.snapshot.files import tensors_of
+from spot_core.snapshot.trees import tensors_of
 
 
 class Turns:

@@ -27,11 +27,11 @@ from spot_core.snapshot.files import (
     SafetensorsFile,
     TorchFile,
     everything,
-    same_bits,
     torch_bytes,
 )
 from spot_core.snapshot.loading import load_plain
 from spot_core.snapshot.rng import RngState
+from spot_core.snapshot.trees import same_bits
 
 SPOT_STATE = "spot_state.pt"
 RNG_STATE = "rng_state.pth"

@@ -21,9 +21,10 @@ from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.ranks.team import named
 from spot_core.snapshot import rng
-from spot_core.snapshot.files import NativeFile, TorchFile, everything, same_bits
+from spot_core.snapshot.files import NativeFile, TorchFile, everything
 from spot_core.snapshot.loading import load_inert, load_plain
 from spot_core.snapshot.rng import RngState
+from spot_core.snapshot.trees import same_bits
 
 logger = logging.getLogger(__name__)
 

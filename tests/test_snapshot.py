@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from spot_core.snapshot import buffers, fingerprint
 from spot_core.snapshot.capture import Snapshotter
-from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, rebuild
+from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, pieces
+from spot_core.snapshot.trees import rebuild
 from spot_core.snapshot.writer import CheckpointWriter, Written
 from spot_core.store import resume
 from spot_core.store.layout import CheckpointName
@@ -181,8 +182,6 @@ def test_a_staging_folder_that_cannot_be_made_is_counted_and_the_next_checkpoint
 
 
 def test_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:
-    from spot_core.snapshot.files import safetensors_order, write_safetensors
-
     tensors = {
         "bf16": torch.randn(3, 5).bfloat16(),
         "bool": torch.tensor([True, False, True]),
@@ -192,8 +191,7 @@ def test_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:
         "scalar": torch.tensor(3.5),
         "transposed": torch.randn(4, 6).t(),
     }
-    with open(tmp_path / "a.safetensors", "wb") as file:
-        write_safetensors(file, {key: tensors[key] for key in safetensors_order(tensors)}, {"format": "pt"})
+    (tmp_path / "a.safetensors").write_bytes(b"".join(pieces(SafetensorsFile(path="a.safetensors", tensors=tensors))))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "b.safetensors")
     ours, theirs = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert ours.keys() == theirs.keys()

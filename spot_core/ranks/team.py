@@ -27,7 +27,8 @@ from spot_core import errors
 from spot_core.errors import AgentError, ConfigError, Preempted, SpotError, TierError
 from spot_core.handover import ResumePoint
 from spot_core.ranks.board import Board
-from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, rebuild, torch_bytes
+from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, torch_bytes
+from spot_core.snapshot.trees import rebuild
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 

@@ -11,22 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from spot_core.snapshot.buffers import HostBuffers
-from spot_core.snapshot.files import (
-    BytesFile,
-    NativeFile,
-    SafetensorsFile,
-    TorchFile,
-    rebuild,
-    safetensors_order,
-    tensors_of,
-)
+from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile
+from spot_core.snapshot.trees import rebuild
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +86,19 @@ class Snapshotter:
 
     @torch.no_grad()
     def _copy(self, files: list[NativeFile], ordered: torch.cuda.Event | None) -> list[NativeFile]:
+        described = [file for file in files if not isinstance(file, BytesFile)]
+        tensors = [file.ordered() for file in described]
         # Held until the next snapshot: freed while the side stream still reads it, memory would be handed out again.
-        self._held = live = [tensor for file in files for tensor in _ordered_tensors(file)]
+        self._held = live = list(chain.from_iterable(tensors))
         if not self._is_buffered:
             return files
         try:
-            host = self._buffers.like(live)
+            images = self._buffers.like(described, tensors)
         except MemoryError as error:
             logger.warning("%s: from now on checkpoints are streamed while training waits", error)
             self._is_buffered = False
             return files
+        host = [tensor for image in images for tensor in image.tensors]
         if self._stream is not None and ordered is not None:
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(ordered)
@@ -111,8 +108,8 @@ class Snapshotter:
             self._copied = copied
         else:
             _copy_all(host, live, is_async=False)
-        supply = iter(host)
-        return [_on_host(file, supply) for file in files]
+        supply = iter(images)
+        return [file if isinstance(file, BytesFile) else file.on_host(next(supply)) for file in files]
 
 
 def _freeze(file: NativeFile) -> NativeFile:
@@ -130,7 +127,7 @@ def _freeze(file: NativeFile) -> NativeFile:
         return replace(file, tree=rebuild(file.tree, leaf))
     if isinstance(file, SafetensorsFile) and file.volatile:
         tensors = {key: _clone(tensor) if key in file.volatile else tensor for key, tensor in file.tensors.items()}
-        return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
+        return replace(file, tensors=tensors)
     return file
 
 
@@ -144,21 +141,6 @@ def _copy_all(host: list[torch.Tensor], live: list[torch.Tensor], *, is_async: b
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
-
-
-def _ordered_tensors(file: NativeFile) -> list[torch.Tensor]:
-    if isinstance(file, SafetensorsFile):
-        return [file.tensors[key] for key in safetensors_order(file.tensors)]
-    return [] if isinstance(file, BytesFile) else tensors_of(file.tree)
-
-
-def _on_host(file: NativeFile, supply: Iterator[torch.Tensor]) -> NativeFile:
-    if isinstance(file, SafetensorsFile):
-        tensors = {key: next(supply) for key in safetensors_order(file.tensors)}
-        return SafetensorsFile(path=file.path, tensors=tensors, metadata=file.metadata)
-    if isinstance(file, TorchFile):
-        return replace(file, tree=rebuild(file.tree, lambda _: next(supply)))
-    return file
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Native files as adapters describe them, and how each is written once its tensors are on the host.
+"""Native files as adapters describe them, and what of them is in host memory once their tensors are.
 
 An adapter names files in the trainer's own formats; the core copies the tensors, writes and commits. Tensors are
 `stable` if only the optimizer step changes them (parameters, optimizer state): their copy may overlap the next
@@ -7,48 +7,71 @@ forward and backward. Everything else is `volatile` and copied at once.
 
 from __future__ import annotations
 
-import copy
 import io
-import json
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
+from spot_core.snapshot.safetensors_format import SafetensorsLayout, ordered
+from spot_core.snapshot.torch_archive import TorchArchive
+from spot_core.snapshot.trees import byte_count, flat_bytes, rebuild, tensors_of
+
+_DESCRIBED = attrgetter("dtype", "shape")
 
 
-_IMMUTABLE = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
+class Layout(Protocol):
+    """Where a file has its tensors. before: what comes before the content of each."""
+
+    before: list[bytes]
+
+    def after(self, content: Any, tensors: Sequence[torch.Tensor]) -> bytes:
+        """What comes after the last one. content: what the file holds, its tensors being these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A file in host memory, up to the end of its last tensor. data: its bytes. tensors: where those lie in them."""
+
+    layout: Layout
+    data: memoryview
+    tensors: list[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    """A safetensors file. tensors: live tensors by key; volatile: keys that forward or backward may change."""
+    """A safetensors file. tensors: live tensors by key; volatile: keys that forward or backward may change.
+
+    image: where the tensors are, once they were copied to the host.
+    """
 
     path: str
     tensors: Mapping[str, torch.Tensor]
     volatile: frozenset[str] = frozenset()
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     is_part: ClassVar[bool] = False
+    image: Image | None = None
+
+    @property
+    def content(self) -> Mapping[str, torch.Tensor]:
+        return self.tensors
+
+    def ordered(self) -> list[torch.Tensor]:
+        """Its tensors in the order in which they are stored."""
+        return list(ordered(self.tensors).values())
+
+    def kind(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Equal for files of one layout. tensors: those of `ordered`."""
+        return self.path, list(self.tensors), dict(self.metadata), list(map(_DESCRIBED, tensors))
+
+    def layout(self, tensors: Sequence[torch.Tensor]) -> Layout:
+        return SafetensorsLayout(dict(zip(ordered(self.tensors), tensors, strict=True)), self.metadata)
+
+    def on_host(self, image: Image) -> SafetensorsFile:
+        """The same with its tensors in an image."""
+        return replace(self, tensors=dict(zip(ordered(self.tensors), image.tensors, strict=True)), image=image)
 
 
 def nothing(tensor: torch.Tensor) -> bool:
@@ -68,7 +91,7 @@ class TorchFile:
     is_volatile: which of its tensors forward or backward may change. stable_keys: of a tree that is a dict, the parts
     in which only the optimizer step changes anything at all, containers and numbers too: an optimizer's `state`.
     inert_keys: None if it is loaded with `weights_only=True`; otherwise for `loading.load_inert`, parts of the tree
-    that a resume does not need. is_part: each rank has its own.
+    that a resume does not need. is_part: each rank has its own. image: as above.
     """
 
     path: str
@@ -77,6 +100,27 @@ class TorchFile:
     stable_keys: frozenset[str] = frozenset()
     inert_keys: frozenset[str] | None = None
     is_part: bool = False
+    image: Image | None = None
+
+    @property
+    def content(self) -> Any:
+        return self.tree
+
+    def ordered(self) -> list[torch.Tensor]:
+        """Its tensors in the order in which they are stored."""
+        return tensors_of(self.tree)
+
+    def kind(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Equal for files of one layout. tensors: those of `ordered`."""
+        return self.path, list(map(_DESCRIBED, tensors))
+
+    def layout(self, tensors: Sequence[torch.Tensor]) -> Layout:
+        return TorchArchive(tensors)
+
+    def on_host(self, image: Image) -> TorchFile:
+        """The same with its tensors in an image."""
+        supply = iter(image.tensors)
+        return replace(self, tree=rebuild(self.tree, lambda _: next(supply)), image=image)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,39 +135,32 @@ class BytesFile:
     is_part: bool = False
 
 
-NativeFile = SafetensorsFile | TorchFile | BytesFile
+TensorFile = SafetensorsFile | TorchFile
+NativeFile = TensorFile | BytesFile
 
 
 def tensor_bytes(file: NativeFile) -> int:
     """Size of a file's tensors: close to the size of the file where there are any."""
     if isinstance(file, BytesFile):
         return 0
-    tensors = file.tensors.values() if isinstance(file, SafetensorsFile) else tensors_of(file.tree)
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+    return len(file.image.data) if file.image is not None else sum(map(byte_count, file.ordered()))
 
 
-def rebuild(tree: Any, leaf: Callable[[torch.Tensor], Any]) -> Any:
-    """Copy of nested containers with `leaf` applied to each tensor: later changes to the original don't show."""
-    if isinstance(tree, torch.Tensor):
-        return leaf(tree)
-    if isinstance(tree, _IMMUTABLE):
-        return tree
-    if isinstance(tree, dict):
-        copied = {key: rebuild(value, leaf) for key, value in tree.items()}
-        return copied if type(tree) is dict else _like(tree, copied)
-    if isinstance(tree, (list, tuple)):
-        items = [rebuild(value, leaf) for value in tree]
-        if type(tree) is list:
-            return items
-        return tree.__class__(*items) if hasattr(tree, "_fields") else tree.__class__(items)
-    return copy.deepcopy(tree)
-
-
-def _like(original: Any, copied: dict[Any, Any]) -> Any:
-    try:
-        return type(original)(copied)
-    except TypeError:
-        return copied  # a defaultdict and the like: the plain dict loads as well
+def pieces(file: NativeFile) -> Iterator[bytes | memoryview]:
+    """What the file is written from, in order."""
+    if isinstance(file, BytesFile):
+        yield file.content()
+        return
+    if file.image is not None:
+        yield file.image.data
+        yield file.image.layout.after(file.content, file.image.tensors)
+        return
+    tensors = file.ordered()  # too little host memory for a copy
+    layout = file.layout(tensors)
+    for before, tensor in zip(layout.before, tensors, strict=True):
+        yield before
+        yield flat_bytes(tensor).numpy().data
+    yield layout.after(file.content, tensors)
 
 
 def torch_bytes(tree: Any) -> bytes:
@@ -131,58 +168,3 @@ def torch_bytes(tree: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     return buffer.getvalue()
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors, wherever they are, have the same dtype, shape and bytes: NaN equals itself."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_flat_bytes(a), _flat_bytes(b))
-
-
-def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """Every tensor of nested containers, in the order `rebuild` visits them."""
-    found: list[torch.Tensor] = []
-    _gather(tree, found)
-    return found
-
-
-def _gather(tree: Any, found: list[torch.Tensor]) -> None:
-    # Of an optimizer there are thousands, gathered while the training thread waits for the interpreter.
-    if isinstance(tree, (dict, list, tuple)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            _gather(value, found)
-    elif isinstance(tree, torch.Tensor):
-        found.append(tree)
-
-
-def safetensors_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Keys by descending item size, then name: packed without holes, every tensor is aligned."""
-    return sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-
-
-def safetensors_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Length-prefixed JSON header for tensors stored back to back in the mapping's order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.dtype.itemsize
-        header[key] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    return struct.pack("<Q", len(body)) + body
-
-
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write host tensors in the mapping's order, which must be that of `safetensors_order`."""
-    file.write(safetensors_header(tensors, metadata))
-    for tensor in tensors.values():
-        if tensor.numel():
-            file.write(_flat_bytes(tensor).numpy().data)

@@ -13,7 +13,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +22,9 @@ import torch
 
 from spot_core.errors import FencedError, SpotError, TierError, is_full
 from spot_core.snapshot.capture import Snapshot, Snapshotter
-from spot_core.snapshot.files import (
-    NativeFile,
-    SafetensorsFile,
-    TorchFile,
-    safetensors_order,
-    same_bits,
-    tensor_bytes,
-    write_safetensors,
-)
+from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile, pieces, tensor_bytes
 from spot_core.snapshot.loading import load_inert
+from spot_core.snapshot.trees import same_bits
 from spot_core.store import incarnation
 from spot_core.store.digesting import DigestingFile
 from spot_core.store.manifest import Manifest
@@ -201,27 +194,10 @@ def _write_file(staged: Path, file: NativeFile, opened: contextlib.ExitStack) ->
         if folder != Path("."):
             (staged / folder).mkdir(exist_ok=True)
     target = opened.enter_context(DigestingFile(staged / file.path))
-    if isinstance(file, SafetensorsFile):
-        ordered = {key: file.tensors[key] for key in safetensors_order(file.tensors)}
-        write_safetensors(target, ordered, file.metadata)  # type: ignore[arg-type]
-    elif isinstance(file, TorchFile):
-        with _no_second_checksum():
-            torch.save(file.tree, target)  # type: ignore[arg-type]
-    else:
-        target.write(file.content())
+    for piece in pieces(file):
+        target.write(piece)
     target.flush()
     return target
-
-
-@contextlib.contextmanager
-def _no_second_checksum() -> Iterator[None]:
-    """torch.save without CRC-32, which torch.load never looks at: the manifest has a digest of each file."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 class _DiskRefusedError(Exception):

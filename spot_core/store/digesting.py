@@ -1,7 +1,7 @@
 """Files that are digested, and on their way to the disk, while they are written.
 
 What is saved is written in one thread, beside a training that wants the GIL: each handing over would wait for it, which
-costs more than it saves. Small pieces are gathered, of which a checkpoint of adapters has thousands. Writing back
+costs more than it saves. For the same reason it goes by megabytes, small pieces gathered. Writing back
 begins at once, and all files of a checkpoint are written before the first is fsynced: then little is left to wait for.
 What is restored comes in parts, each written where it belongs by the thread that fetched it.
 """

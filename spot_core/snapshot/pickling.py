@@ -1,0 +1,151 @@
+"""The pickle in a `torch.save` file, made without holding the interpreter for long.
+
+Pickling an adapter with its Adam state takes most of what torch.save takes, all of it under the GIL beside a training
+that wants it. Of tensors that have a storage of their own the pickle says dtype, shape and the storage's key: that part
+is torch's, made once, and stands wherever the tree has the tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import torch
+
+from spot_core.snapshot.trees import rebuild, tensors_of
+
+_PROTOCOL = 2  # the only one that `weights_only` reads
+_PROTO, _STOP = pickle.PROTO + bytes([_PROTOCOL]), pickle.STOP
+_PLAIN = {str, int, float, bool, type(None)}
+_CONTAINERS: dict[Any, tuple[bytes, bytes]] = {
+    dict: (pickle.EMPTY_DICT + pickle.MARK, pickle.SETITEMS),
+    list: (pickle.EMPTY_LIST + pickle.MARK, pickle.APPENDS),
+    tuple: (pickle.MARK, pickle.TUPLE),
+}
+_KEY = 2  # where torch puts the storage's key in what stands for a storage
+_ANY_KEY = "key of a storage"
+
+Storage = torch.UntypedStorage
+
+
+def tensor_parts(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """What stands for each in a pickle if it lies contiguously on the CPU, in a storage with its number for a key."""
+    known: dict[tuple[torch.dtype, torch.Size], list[bytes]] = {}
+    parts = []
+    for number, tensor in enumerate(tensors):
+        kind = tensor.dtype, tensor.shape
+        if kind not in known:
+            alike = torch.empty(tensor.shape, dtype=tensor.dtype)
+            known[kind] = _part(alike, lambda _: _ANY_KEY).split(_text(_ANY_KEY))
+        before, after = known[kind]
+        parts.append(before + _text(str(number)) + after)
+    return parts
+
+
+class TreePickler:
+    """Pickles trees whose tensors, in the order of `tensors_of`, have these parts.
+
+    keys: of the storages that are stored already, by address. others: the storages that the tree has beside them, in
+    objects that only pickle can look into; their keys are the numbers that follow.
+    """
+
+    def __init__(self, parts: Sequence[bytes], keys: Mapping[int, str]) -> None:
+        self._tensors, self._keys = parts, dict(keys)
+        self._parts: list[bytes] = []
+        self._next = 0
+        self.others: list[Storage] = []
+
+    def dump(self, tree: Any) -> bytes:
+        self._add(tree)
+        return b"".join([_PROTO, *self._parts, _STOP])
+
+    def _add(self, value: Any) -> None:
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            self._parts.append(self._tensors[self._next])
+            self._next += 1
+        elif kind in _PLAIN:
+            self._parts.append(_inner(pickle.dumps(value, _PROTOCOL)))
+        elif kind in _CONTAINERS:
+            begin, end = _CONTAINERS[kind]
+            self._parts.append(begin)
+            for item in chain.from_iterable(value.items()) if kind is dict else value:
+                self._add(item)
+            self._parts.append(end)
+        else:
+            self._add_other(value)
+
+    def _add_other(self, value: Any) -> None:
+        inside = tensors_of(value)
+        if inside:  # a container of another type
+            self._next += len(inside)
+            value = rebuild(value, lambda tensor: tensor.detach().cpu().contiguous())
+        self._parts.append(_part(value, self._key_of))
+
+    def _key_of(self, storage: Storage) -> str:
+        key = self._keys.get(storage.data_ptr())
+        if key is None:
+            key = self._keys[storage.data_ptr()] = str(len(self._tensors) + len(self.others))
+            self.others.append(storage)
+        return key
+
+
+def _part(value: Any, key_of: Callable[[Storage], str]) -> bytes:
+    """A value's part of a pickle as torch.save makes it, with these keys for its storages.
+
+    It takes what it memorises from itself only, so that it may stand anywhere.
+    """
+    made: list[bytes] = []
+
+    class Recorder:
+        """What torch.save derives its pickler from, giving it a `persistent_id` that knows storages."""
+
+        persistent_id: Callable[[Any], tuple[Any, ...] | None]
+
+        def __init__(self, file: BinaryIO, protocol: int) -> None:
+            pass
+
+        def dump(self, value: Any) -> None:
+            buffer = io.BytesIO()
+            _Pickler(buffer, self._stands_for).dump(value)
+            made.append(buffer.getvalue())
+            raise _PickledError
+
+        def _stands_for(self, value: Any) -> tuple[Any, ...] | None:
+            stored = self.persistent_id(value)
+            if stored is None:
+                return None
+            return (*stored[:_KEY], key_of(getattr(value, "_untyped_storage", value)), *stored[_KEY + 1 :])
+
+    module = SimpleNamespace(__name__=__name__, Pickler=Recorder)
+    with contextlib.suppress(_PickledError):
+        torch.save(value, io.BytesIO(), pickle_module=module, pickle_protocol=_PROTOCOL)
+    return _inner(made[0])
+
+
+class _PickledError(Exception):
+    """Ends a torch.save of which only the pickle is wanted."""
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: BinaryIO, persistent_id: Callable[[Any], Any]) -> None:
+        super().__init__(file, _PROTOCOL)
+        self._persistent_id = persistent_id
+
+    def persistent_id(self, value: Any) -> Any:
+        return self._persistent_id(value)
+
+
+def _inner(pickled: bytes) -> bytes:
+    return pickled[len(_PROTO) : -len(_STOP)]
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
