@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, snapshotter: 
     optimizer.zero_grad()
 
 
-def files_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+def files_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, native: str = "native") -> list[Any]:
     buffered = frozenset(name for name, _ in model.named_buffers())
     return [
-        SafetensorsFile(path="native/model.safetensors", tensors=model.state_dict(), volatile=buffered),
-        TorchFile(path="native/optimizer.pt", tree=optimizer.state_dict(), stable_keys=frozenset({"state"})),
+        SafetensorsFile(path=f"{native}/model.safetensors", tensors=model.state_dict(), volatile=buffered),
+        TorchFile(path=f"{native}/optimizer.pt", tree=optimizer.state_dict(), stable_keys=frozenset({"state"})),
         BytesFile(path="note.json", content=lambda: b"{}"),
     ]
 
@@ -133,13 +134,13 @@ def test_host_buffers_are_reused_and_the_next_snapshot_has_its_own_content(train
     writer = CheckpointWriter(tier, snapshotter, number=1)
     pointers = set()
     for number in range(1, 4):
-        snapshot = snapshotter.take(files_of(model, optimizer))
+        snapshot = snapshotter.take(files_of(model, optimizer, f"step-{number}"))
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        writer.submit(snapshot, manifest(number), lambda written: None)
+        writer.submit(snapshot, replace(manifest(number), native=f"step-{number}"), lambda written: None)
         writer.wait()
-        weights = snapshot.ready.result()[0]
-        pointers.add(weights.tensors["0.weight"].data_ptr())
-        stored = load_file(tmp_path / f"checkpoints/{CheckpointName(1, number)}/native/model.safetensors")
+        weights, state, _ = snapshot.ready.result()
+        pointers.add((weights.tensors["0.weight"].data_ptr(), state.tree["state"][0]["exp_avg"].data_ptr()))
+        stored = load_file(tmp_path / f"checkpoints/{CheckpointName(1, number)}/step-{number}/model.safetensors")
         assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
         step(model, optimizer, snapshotter)
     assert len(pointers) == 1

@@ -63,8 +63,8 @@ class SafetensorsFile:
         return list(ordered(self.tensors).values())
 
     def kind(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Equal for files of one layout. tensors: those of `ordered`."""
-        return self.path, list(self.tensors), dict(self.metadata), list(map(_DESCRIBED, tensors))
+        """Equal for files of one layout, whatever their names. tensors: those of `ordered`."""
+        return list(self.tensors), dict(self.metadata), list(map(_DESCRIBED, tensors))
 
     def layout(self, tensors: Sequence[torch.Tensor]) -> Layout:
         return SafetensorsLayout(dict(zip(ordered(self.tensors), tensors, strict=True)), self.metadata)
@@ -111,8 +111,8 @@ class TorchFile:
         return tensors_of(self.tree)
 
     def kind(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Equal for files of one layout. tensors: those of `ordered`."""
-        return self.path, list(map(_DESCRIBED, tensors))
+        """Equal for files of one layout, whatever their names. tensors: those of `ordered`."""
+        return list(map(_DESCRIBED, tensors))
 
     def layout(self, tensors: Sequence[torch.Tensor]) -> Layout:
         return TorchArchive(tensors)
