@@ -34,7 +34,7 @@ class FrozenBase:
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self._device = device
         self._parameters = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        self._digests = {name: self._digest(name) for name in self._parameters}
+        self._digests = self._present_digests(self._parameters)
         self._marks = {name: _mark(p) for name, p in self._parameters.items()}
         self.fingerprint = fingerprint.of_digests(self._digests)
         self._owners: dict[str, str] = {}  # key of the state dict -> the parameter it holds, or a part of
@@ -50,13 +50,14 @@ class FrozenBase:
 
     def training_starts(self) -> None:
         """Take note of where the base lies by now: it was moved to the device, and perhaps to another precision."""
-        for name in [name for name, p in self._parameters.items() if _mark(p) != self._marks[name]]:
-            self._digests[name] = self._digest(name)
-            self._marks[name] = _mark(self._parameters[name])
+        moved = {name: p for name, p in self._parameters.items() if _mark(p) != self._marks[name]}
+        self._digests |= self._present_digests(moved)
+        self._marks |= {name: _mark(p) for name, p in moved.items()}
 
     def verify(self) -> None:
         """Read every weight again and let go of those that changed, however they were changed."""
-        moved = [name for name in self._parameters if self._digests[name] != self._digest(name)]
+        present = self._present_digests(self._parameters)
+        moved = [name for name, digest in present.items() if self._digests[name] != digest]
         for name in moved:
             del self._parameters[name]
         self._held = [], set()
@@ -114,8 +115,8 @@ class FrozenBase:
         # The module may have been given another parameter under the same name.
         return parameter is not None and (key != name or value.data_ptr() == parameter.data_ptr())
 
-    def _digest(self, name: str) -> str:
-        return fingerprint.of_tensors([(name, self._parameters[name])], device=self._device)
+    def _present_digests(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str]:
+        return fingerprint.of_each(parameters, device=self._device)
 
 
 def trim(checkpoint: MutableMapping[str, Any], frozen: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,19 @@ def test_fingerprint_is_the_one_that_stored_runs_have(count: int, dtype: torch.d
     sums = words.sum().item(), (words * (torch.arange(count) % (1 << 22) % 8191 + 1)).sum().item()
     defined = blake3(f"w|{dtype}|({count},)|{sums}".encode()).hexdigest()[:32]
     assert fingerprint.of_tensors([("w", tensor)]) == defined
+
+
+def test_fingerprint_of_each_is_that_of_it_alone_and_threads_stay_as_they_were() -> None:
+    tensors = {
+        str(size): torch.randn(size).to(dtype)
+        for size, dtype in ((1, torch.half), (9000, torch.half), (300_000, torch.float32))
+    }
+    before = torch.get_num_threads()
+    assert fingerprint.of_each(tensors) == {
+        name: fingerprint.of_tensors([(name, tensor)]) for name, tensor in tensors.items()
+    }
+    with ThreadPoolExecutor(1) as pool:
+        assert [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()] == [before, before]
 
 
 def test_fingerprint_sees_every_bit_and_every_exchange() -> None:

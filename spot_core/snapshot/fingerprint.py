@@ -6,7 +6,9 @@ within rows, both exact and independent of the order of addition, so that the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import torch
 from blake3 import blake3
@@ -21,11 +23,17 @@ def of_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *, device: torch.dev
 
     device: where to compute it, the same digest anywhere; by default where each tensor lies.
     """
+    named = list(tensors)
     digest = blake3()
-    for name, tensor in tensors:
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(repr(_sums(tensor, device)).encode())
+    for (name, tensor), sums in zip(named, _sums_of_each([tensor for _, tensor in named], device), strict=True):
+        digest.update(_described(name, tensor, sums))
     return str(digest.hexdigest())[:32]
+
+
+def of_each(tensors: Mapping[str, torch.Tensor], *, device: torch.device | None = None) -> dict[str, str]:
+    """What `of_tensors` returns for each of them alone."""
+    each = zip(tensors.items(), _sums_of_each(list(tensors.values()), device), strict=True)
+    return {name: str(blake3(_described(name, tensor, sums)).hexdigest())[:32] for (name, tensor), sums in each}
 
 
 def of_shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -44,8 +52,30 @@ def of_digests(digests: Mapping[str, str]) -> str:
     return str(digest.hexdigest())[:32]
 
 
+_Sums = tuple[int, int] | None
+
+
+def _described(name: str, tensor: torch.Tensor, sums: _Sums) -> bytes:
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{sums!r}".encode()
+
+
+def _sums_of_each(tensors: Sequence[torch.Tensor], device: torch.device | None) -> list[_Sums]:
+    """On a CPU with one tensor for each thread.
+
+    torch would share out every one of thousands of sums: while another process has a core, all wait for it at each.
+    """
+    threads = torch.get_num_threads()
+    if any((device or tensor.device).type != "cpu" for tensor in tensors):
+        return [_sums(tensor, device) for tensor in tensors]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(_sums, tensors, repeat(device)))
+        finally:
+            torch.set_num_threads(threads)  # what later threads of this process begin with
+
+
 @torch.no_grad()
-def _sums(tensor: torch.Tensor, device: torch.device | None) -> tuple[int, int] | None:
+def _sums(tensor: torch.Tensor, device: torch.device | None) -> _Sums:
     if tensor.is_meta or tensor.numel() == 0:
         return None
     flat = tensor.detach().contiguous().view(-1)
