@@ -139,6 +139,23 @@ def test_an_object_with_a_tensor_in_it_is_loaded(store: Store) -> None:
     )
 
 
+def test_an_object_may_hold_what_is_also_stored_in_part(store: Store) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    for part in (whole[0], whole.t(), whole, whole[1]):
+        loaded = torch.load(store({"part": part, "settings": Settings(whole)}), weights_only=False)
+        assert_same([loaded["part"], loaded["settings"].weights], [part, whole])
+
+
+def test_many_objects_of_other_types_are_loaded(store: Store) -> None:
+    tree = {"scalars": [numpy.float64(each) for each in range(3000)], "weights": torch.ones(2)}
+    assert_same(torch.load(store(tree), weights_only=False), tree)
+
+
+def test_a_tensor_that_is_a_key_stays_one(store: Store) -> None:
+    [key] = torch.load(store({torch.arange(3): torch.ones(2)}), weights_only=False)
+    assert_same(key, torch.arange(3))
+
+
 def test_such_an_object_is_left_out_where_nothing_may_run(store: Store) -> None:
     path = store({"weights": torch.ones(2), "hyper": Settings(torch.arange(3))})
     assert_same(load_inert(path, inert_keys={"hyper"})["weights"], torch.ones(2))

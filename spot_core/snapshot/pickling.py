@@ -11,14 +11,13 @@ import contextlib
 import io
 import pickle
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
 
-from spot_core.snapshot.trees import rebuild, tensors_of
+from spot_core.snapshot.trees import byte_count, rebuild, tensors_of
 
 _PROTOCOL = 2  # the only one that `weights_only` reads
 _PROTO, _STOP = pickle.PROTO + bytes([_PROTOCOL]), pickle.STOP
@@ -49,46 +48,55 @@ def tensor_parts(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 class TreePickler:
-    """Pickles trees whose tensors, in the order of `tensors_of`, have these parts.
+    """Pickles trees with these tensors in the order of `tensors_of`. parts: of `tensor_parts`.
 
-    keys: of the storages that are stored already, by address. others: the storages that the tree has beside them, in
-    objects that only pickle can look into; their keys are the numbers that follow.
+    others: the storages that a tree has beside theirs, in objects that only pickle can look into; their keys are the
+    numbers that follow.
     """
 
-    def __init__(self, parts: Sequence[bytes], keys: Mapping[int, str]) -> None:
-        self._tensors, self._keys = parts, dict(keys)
+    def __init__(self, tensors: Sequence[torch.Tensor], parts: Sequence[bytes]) -> None:
+        self._tensors, self._tensor_parts = tensors, parts
+        self._keys: dict[int, str] | None = None
         self._parts: list[bytes] = []
         self._next = 0
         self.others: list[Storage] = []
 
     def dump(self, tree: Any) -> bytes:
         self._add(tree)
+        if self._next != len(self._tensors):
+            raise ValueError(f"{self._next} tensors were pickled, {len(self._tensors)} are stored")
         return b"".join([_PROTO, *self._parts, _STOP])
 
     def _add(self, value: Any) -> None:
         kind = type(value)
         if isinstance(value, torch.Tensor):
-            self._parts.append(self._tensors[self._next])
+            self._parts.append(self._tensor_parts[self._next])
             self._next += 1
-        elif kind in _PLAIN:
-            self._parts.append(_inner(pickle.dumps(value, _PROTOCOL)))
         elif kind in _CONTAINERS:
             begin, end = _CONTAINERS[kind]
             self._parts.append(begin)
-            for item in chain.from_iterable(value.items()) if kind is dict else value:
-                self._add(item)
+            if kind is dict:
+                for key, item in value.items():
+                    self._add_leaf(key)
+                    self._add(item)
+            else:
+                for item in value:
+                    self._add(item)
             self._parts.append(end)
-        else:
-            self._add_other(value)
-
-    def _add_other(self, value: Any) -> None:
-        inside = tensors_of(value)
-        if inside:  # a container of another type
+        elif inside := tensors_of(value):  # a container of another type
             self._next += len(inside)
-            value = rebuild(value, lambda tensor: tensor.detach().cpu().contiguous())
-        self._parts.append(_part(value, self._key_of))
+            self._add_leaf(rebuild(value, lambda tensor: tensor.detach().cpu().contiguous()))
+        else:
+            self._add_leaf(value)
+
+    def _add_leaf(self, value: Any) -> None:
+        is_plain = type(value) in _PLAIN
+        self._parts.append(_inner(pickle.dumps(value, _PROTOCOL)) if is_plain else _part(value, self._key_of))
 
     def _key_of(self, storage: Storage) -> str:
+        if self._keys is None:
+            alone = ((number, each) for number, each in enumerate(self._tensors) if _is_alone(each))
+            self._keys = {each.data_ptr(): str(number) for number, each in alone}
         key = self._keys.get(storage.data_ptr())
         if key is None:
             key = self._keys[storage.data_ptr()] = str(len(self._tensors) + len(self.others))
@@ -96,11 +104,28 @@ class TreePickler:
         return key
 
 
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether what is stored of it is what its storage holds."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == byte_count(tensor)
+
+
 def _part(value: Any, key_of: Callable[[Storage], str]) -> bytes:
     """A value's part of a pickle as torch.save makes it, with these keys for its storages.
 
     It takes what it memorises from itself only, so that it may stand anywhere.
     """
+    try:
+        return _inner(_pickled(value, _refuse_storages))
+    except _StorageError:
+        return _part_with_storages(value, key_of)
+
+
+def _refuse_storages(value: Any) -> None:
+    if torch.is_storage(value):
+        raise _StorageError
+
+
+def _part_with_storages(value: Any, key_of: Callable[[Storage], str]) -> bytes:
     made: list[bytes] = []
 
     class Recorder:
@@ -112,9 +137,7 @@ def _part(value: Any, key_of: Callable[[Storage], str]) -> bytes:
             pass
 
         def dump(self, value: Any) -> None:
-            buffer = io.BytesIO()
-            _Pickler(buffer, self._stands_for).dump(value)
-            made.append(buffer.getvalue())
+            made.append(_pickled(value, self._stands_for))
             raise _PickledError
 
         def _stands_for(self, value: Any) -> tuple[Any, ...] | None:
@@ -133,6 +156,10 @@ class _PickledError(Exception):
     """Ends a torch.save of which only the pickle is wanted."""
 
 
+class _StorageError(Exception):
+    """Only torch.save can pickle this."""
+
+
 class _Pickler(pickle.Pickler):
     def __init__(self, file: BinaryIO, persistent_id: Callable[[Any], Any]) -> None:
         super().__init__(file, _PROTOCOL)
@@ -140,6 +167,12 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         return self._persistent_id(value)
+
+
+def _pickled(value: Any, persistent_id: Callable[[Any], Any]) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, persistent_id).dump(value)
+    return buffer.getvalue()
 
 
 def _inner(pickled: bytes) -> bytes:

@@ -41,7 +41,7 @@ class TorchArchive:
 
     def after(self, tree: Any, tensors: Sequence[torch.Tensor]) -> bytes:
         """What comes after the last one. tree: has `tensors` in it, of the same shapes and dtypes."""
-        pickler = TreePickler(self._parts, {each.data_ptr(): str(number) for number, each in enumerate(tensors)})
+        pickler = TreePickler(tensors, self._parts)
         pickled = pickler.dump(tree)
         records = {"data.pkl": pickled, "byteorder": sys.byteorder.encode(), "version": _VERSION}
         for number, storage in enumerate(pickler.others, start=len(tensors)):
