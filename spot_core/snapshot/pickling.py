@@ -31,6 +31,7 @@ _KEY = 2  # where torch puts the storage's key in what stands for a storage
 _ANY_KEY = "key of a storage"
 
 Storage = torch.UntypedStorage
+KeyOf = Callable[[Storage, torch.dtype], str]
 
 
 def tensor_parts(tensors: Sequence[torch.Tensor]) -> list[bytes]:
@@ -41,7 +42,7 @@ def tensor_parts(tensors: Sequence[torch.Tensor]) -> list[bytes]:
         kind = tensor.dtype, tensor.shape
         if kind not in known:
             alike = torch.empty(tensor.shape, dtype=tensor.dtype)
-            known[kind] = _part(alike, lambda _: _ANY_KEY).split(_text(_ANY_KEY))
+            known[kind] = _part(alike, lambda *_: _ANY_KEY).split(_text(_ANY_KEY))
         before, after = known[kind]
         parts.append(before + _text(str(number)) + after)
     return parts
@@ -56,7 +57,7 @@ class TreePickler:
 
     def __init__(self, tensors: Sequence[torch.Tensor], parts: Sequence[bytes]) -> None:
         self._tensors, self._tensor_parts = tensors, parts
-        self._keys: dict[int, str] | None = None
+        self._keys: dict[tuple[int, torch.dtype], str] | None = None
         self._parts: list[bytes] = []
         self._next = 0
         self.others: list[Storage] = []
@@ -93,15 +94,15 @@ class TreePickler:
         is_plain = type(value) in _PLAIN
         self._parts.append(_inner(pickle.dumps(value, _PROTOCOL)) if is_plain else _part(value, self._key_of))
 
-    def _key_of(self, storage: Storage) -> str:
+    def _key_of(self, storage: Storage, dtype: torch.dtype) -> str:
         if self._keys is None:
             alone = ((number, each) for number, each in enumerate(self._tensors) if _is_alone(each))
-            self._keys = {each.data_ptr(): str(number) for number, each in alone}
-        key = self._keys.get(storage.data_ptr())
-        if key is None:
-            key = self._keys[storage.data_ptr()] = str(len(self._tensors) + len(self.others))
+            self._keys = {(each.data_ptr(), each.dtype): str(number) for number, each in alone}
+        place = storage.data_ptr(), dtype  # a record is loaded as one dtype only
+        if place not in self._keys:
+            self._keys[place] = str(len(self._tensors) + len(self.others))
             self.others.append(storage)
-        return key
+        return self._keys[place]
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
@@ -109,7 +110,7 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == byte_count(tensor)
 
 
-def _part(value: Any, key_of: Callable[[Storage], str]) -> bytes:
+def _part(value: Any, key_of: KeyOf) -> bytes:
     """A value's part of a pickle as torch.save makes it, with these keys for its storages.
 
     It takes what it memorises from itself only, so that it may stand anywhere.
@@ -125,7 +126,7 @@ def _refuse_storages(value: Any) -> None:
         raise _StorageError
 
 
-def _part_with_storages(value: Any, key_of: Callable[[Storage], str]) -> bytes:
+def _part_with_storages(value: Any, key_of: KeyOf) -> bytes:
     made: list[bytes] = []
 
     class Recorder:
@@ -144,7 +145,8 @@ def _part_with_storages(value: Any, key_of: Callable[[Storage], str]) -> bytes:
             stored = self.persistent_id(value)
             if stored is None:
                 return None
-            return (*stored[:_KEY], key_of(getattr(value, "_untyped_storage", value)), *stored[_KEY + 1 :])
+            storage, dtype = getattr(value, "_untyped_storage", value), getattr(value, "dtype", torch.uint8)
+            return (*stored[:_KEY], key_of(storage, dtype), *stored[_KEY + 1 :])
 
     module = SimpleNamespace(__name__=__name__, Pickler=Recorder)
     with contextlib.suppress(_PickledError):
