@@ -68,5 +68,6 @@ def test_killed_and_relaunched_ends_bit_equal(cell: str, tmp_path: Path) -> None
 def test_random_numbers_drawn_in_workers_are_told(tmp_path: Path) -> None:
     """A resume cannot bring them back, and does not claim that it did."""
     for data in ("augmented", "map"):
-        results = live_to_the_end(JobSpec(folder=str(tmp_path / data), data=data, arguments=WORKERS), ["step:5"])
+        spec = JobSpec(folder=str(tmp_path / data), data=data, arguments=WORKERS)
+        results = live_to_the_end(spec, ["step:5", "step:16"])  # on a busy machine five steps may end before a commit
         assert ("not bit-exact: the data draws random numbers in worker" in results[-1].log) == (data == "augmented")
