@@ -22,8 +22,7 @@ from spot_core.snapshot.trees import byte_count, rebuild, tensors_of
 _PROTOCOL = 2  # the only one that `weights_only` reads
 _PROTO, _STOP = pickle.PROTO + bytes([_PROTOCOL]), pickle.STOP
 _PLAIN = {str, int, float, bool, type(None)}
-_CONTAINERS: dict[Any, tuple[bytes, bytes]] = {
-    dict: (pickle.EMPTY_DICT + pickle.MARK, pickle.SETITEMS),
+_SEQUENCES: dict[Any, tuple[bytes, bytes]] = {
     list: (pickle.EMPTY_LIST + pickle.MARK, pickle.APPENDS),
     tuple: (pickle.MARK, pickle.TUPLE),
 }
@@ -73,22 +72,23 @@ class TreePickler:
         if isinstance(value, torch.Tensor):
             self._parts.append(self._tensor_parts[self._next])
             self._next += 1
-        elif kind in _CONTAINERS:
-            begin, end = _CONTAINERS[kind]
+        elif kind is dict:
+            self._parts.append(pickle.EMPTY_DICT + pickle.MARK)
+            for key, item in value.items():
+                self._add_leaf(key)
+                self._add(item)
+            self._parts.append(pickle.SETITEMS)
+        elif kind in _PLAIN or not (inside := tensors_of(value)):
+            self._add_leaf(value)
+        elif kind in _SEQUENCES:
+            begin, end = _SEQUENCES[kind]
             self._parts.append(begin)
-            if kind is dict:
-                for key, item in value.items():
-                    self._add_leaf(key)
-                    self._add(item)
-            else:
-                for item in value:
-                    self._add(item)
+            for item in value:
+                self._add(item)
             self._parts.append(end)
-        elif inside := tensors_of(value):  # a container of another type
+        else:  # a container of another type
             self._next += len(inside)
             self._add_leaf(rebuild(value, lambda tensor: tensor.detach().cpu().contiguous()))
-        else:
-            self._add_leaf(value)
 
     def _add_leaf(self, value: Any) -> None:
         is_plain = type(value) in _PLAIN
