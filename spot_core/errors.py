@@ -72,9 +72,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def is_full(error: BaseException | None) -> bool:
     """Whether a disk or a quota without room is what led to `error`."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # one that is raised again may be its own context's cause
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

@@ -189,6 +189,32 @@ def test_full_in_mid_write_goes_where_there_is_room(
     assert not caplog.records
 
 
+def test_a_refusal_that_nowhere_is_room_for_ends_the_checkpoint_and_not_the_writer(tmp_path: Path) -> None:
+    """The second attempt ends with the error of the first, which by then is both cause and context of another."""
+    found: list[bool] = []
+
+    def prepare(manifest: Manifest, expected_bytes: int, failure: OSError | None) -> PosixTier:
+        try:
+            if failure is not None:
+                raise failure
+        except OSError as error:
+            found.append(is_full(error))
+            raise
+        return tier
+
+    def obstruct() -> None:
+        [staged] = (tier.root / "staging").iterdir()
+        (staged / "native" / "deep").write_text("in the way")
+
+    tier = PosixTier(tmp_path / "run")
+    writer = Writer(tier, prepare)
+    writer.between = obstruct
+    assert isinstance(writer.write(1).error, FileExistsError) and found == [False]
+    writer.between = lambda: None
+    assert writer.write(2).error is None
+    writer.close()
+
+
 def test_a_newer_life_on_the_local_folder_fences_what_is_written_elsewhere(tmp_path: Path) -> None:
     tier, elsewhere = PosixTier(tmp_path / "run"), PosixTier(tmp_path / "elsewhere")
     writer = Writer(tier, lambda *_: elsewhere)
