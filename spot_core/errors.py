@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
 
 class SpotError(Exception):
@@ -70,15 +71,19 @@ class AgentError(SpotError):
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota without room is what led to `error`."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # one that is raised again may be its own context's cause
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(each, OSError) and each.errno in _FULL for each in chain(error))
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what led to it, what led to that."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:  # one that is raised again may have itself behind it
+        seen.append(cause)
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def shown(text: str) -> str:

@@ -210,10 +210,9 @@ class _DiskRefusedError(Exception):
 
 def _cause(error: Exception | None) -> str:
     """What makes two failures one for the user, wherever in a commit each was noticed."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return type(error).__name__
-    return "full" if is_full(error) else "gone" if number in _GONE else str(number)
+    return "full" if is_full(error) else "gone" if error.errno in _GONE else str(error.errno)
 
 
 def _check_whole(staged: Path, manifest: Manifest) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from spot_core.errors import TierDeniedError
+from spot_core.errors import TierDeniedError, chain
 
 _CREDENTIALS = (
     "give this machine a role, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or key and secret "
@@ -55,7 +53,7 @@ def lacks_permission(error: BaseException) -> bool:
 def _known(error: BaseException) -> str | None:
     from spot_core.store import s3
 
-    names = [_BY_NAME[name] for cause in _chain(error) if (name := type(cause).__name__) in _BY_NAME]
+    names = [_BY_NAME[name] for cause in chain(error) if (name := type(cause).__name__) in _BY_NAME]
     return names[0] if names else _BY_CODE.get(s3.code_of(error) or "")
 
 
@@ -67,10 +65,3 @@ def _resource(permission: str, url: str) -> str:
 
 def _key_hint(error: BaseException) -> str:
     return ", and kms:GenerateDataKey and kms:Decrypt on the bucket's key" if "kms" in str(error).lower() else ""
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
