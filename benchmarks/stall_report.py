@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from stall_spot import SpotSaver
 from stall_turns import Turns
 
+from spot_core.snapshot.trees import byte_count
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -52,7 +54,7 @@ def result(turns: Turns, *, size: str, trainer: str, repeat: int) -> Result:
         for name, stalls in turns.stalls.items()
     ]
     rows.sort(key=lambda row: row.stall_s)
-    bytes_ = sum(tensor.numel() * tensor.dtype.itemsize for tensor in turns.tensors)
+    bytes_ = sum(map(byte_count, turns.tensors))
     forward_s = statistics.median(turns.undisturbed)
     return Result(size, trainer, len(turns.tensors), bytes_, repeat, forward_s, SpotSaver.name, rows)
 

@@ -33,6 +33,7 @@ from spot_core.opening import AnySession, open_on_each, open_session
 from spot_core.ranks.leader import Alone
 from spot_core.report import loggers
 from spot_core.session import Session
+from spot_core.snapshot.trees import byte_count
 from spot_core.store import layout
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _open(config: SpotConfig, trainer: Trainer) -> AnySession:
     def open_run(ranks: Alone) -> Session:
         with EarlyAgent(config) as early:
             identity, base_fingerprint = run_identity(trainer)
-            trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trainer.model.parameters() if p.requires_grad)
+            trained_bytes = sum(byte_count(p) for p in trainer.model.parameters() if p.requires_grad)
             session = open_session(
                 config,
                 identity,

@@ -21,14 +21,7 @@ from hf_spot.weights import LiveWeights, live_weights, static_files
 from spot_core.data.position import DataState
 from spot_core.errors import CorruptCheckpointError
 from spot_core.ranks.team import named
-from spot_core.snapshot.files import (
-    BytesFile,
-    NativeFile,
-    SafetensorsFile,
-    TorchFile,
-    everything,
-    torch_bytes,
-)
+from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile, everything, torch_bytes
 from spot_core.snapshot.loading import load_plain
 from spot_core.snapshot.rng import RngState
 from spot_core.snapshot.trees import same_bits

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spot_core.errors import ConfigError
+from spot_core.snapshot.trees import byte_count
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
@@ -36,7 +37,7 @@ class LiveWeights:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.dtype.itemsize for file in self.files.values() for t in file.values())
+        return sum(byte_count(tensor) for file in self.files.values() for tensor in file.values())
 
     def volatile_keys(self, path: str) -> frozenset[str]:
         return frozenset(key for key, tensor in self.files[path].items() if tensor.data_ptr() in self.volatile)

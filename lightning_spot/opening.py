@@ -12,6 +12,7 @@ from spot_core.handover import expected_bytes
 from spot_core.opening import AnySession, open_on_each, open_session
 from spot_core.ranks.leader import Alone
 from spot_core.session import Session
+from spot_core.snapshot.trees import byte_count
 
 
 def open_fit(trainer: Any, config: SpotConfig) -> tuple[AnySession, FrozenBase | None]:
@@ -27,7 +28,7 @@ def open_fit(trainer: Any, config: SpotConfig) -> tuple[AnySession, FrozenBase |
         nonlocal base
         with EarlyAgent(config) as early:
             base = read_base()
-            sizes = [(p.numel() * p.dtype.itemsize, p.requires_grad) for p in module.parameters()]
+            sizes = [(byte_count(p), p.requires_grad) for p in module.parameters()]
             stored_bytes = sum(size for size, is_trained in sizes if is_trained or base is None)
             return open_session(
                 config,

@@ -141,9 +141,7 @@ NativeFile = TensorFile | BytesFile
 
 def tensor_bytes(file: NativeFile) -> int:
     """Size of a file's tensors: close to the size of the file where there are any."""
-    if isinstance(file, BytesFile):
-        return 0
-    return len(file.image.data) if file.image is not None else sum(map(byte_count, file.ordered()))
+    return 0 if isinstance(file, BytesFile) else sum(map(byte_count, file.ordered()))
 
 
 def pieces(file: NativeFile) -> Iterator[bytes | memoryview]:

@@ -41,7 +41,7 @@ def tensor_parts(tensors: Sequence[torch.Tensor]) -> list[bytes]:
         kind = tensor.dtype, tensor.shape
         if kind not in known:
             alike = torch.empty(tensor.shape, dtype=tensor.dtype)
-            known[kind] = _part(alike, lambda *_: _ANY_KEY).split(_text(_ANY_KEY))
+            known[kind] = _part_with_storages(alike, lambda *_: _ANY_KEY).split(_text(_ANY_KEY))
         before, after = known[kind]
         parts.append(before + _text(str(number)) + after)
     return parts

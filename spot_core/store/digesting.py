@@ -1,8 +1,8 @@
 """Files that are digested, and on their way to the disk, while they are written.
 
 What is saved is written in one thread, beside a training that wants the GIL: each handing over would wait for it, which
-costs more than it saves. For the same reason it goes by megabytes, small pieces gathered. Writing back
-begins at once, and all files of a checkpoint are written before the first is fsynced: then little is left to wait for.
+costs more than it saves. For the same reason it goes by megabytes, small pieces gathered. Writing back begins at once,
+and all files of a checkpoint are written before the first is fsynced: then little is left to wait for.
 What is restored comes in parts, each written where it belongs by the thread that fetched it.
 """
 
@@ -35,19 +35,15 @@ _sync_file_range = _find_sync_file_range()
 
 
 class DigestingFile:
-    """A new file that digests what is written to it, closed at the end of its block.
-
-    An OSError of a write ends the block as it is: torch.save makes a RuntimeError about positions of it.
-    """
+    """A new file that digests what is written to it, closed at the end of its block."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "xb", buffering=0)
         self._digest = blake3()
         self._buffer = memoryview(bytearray(_GATHERED_BYTES))
         self._gathered = self._written = self._begun = 0
-        self._error: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         count, end = len(view), self._gathered + len(view)
         if end > _GATHERED_BYTES:
@@ -59,7 +55,6 @@ class DigestingFile:
         else:
             for start in range(0, count, _CHUNK_BYTES):
                 self._append(view[start : start + _CHUNK_BYTES])
-        return count
 
     def flush(self) -> None:
         """Write what was gathered and have all of it written back."""
@@ -77,8 +72,6 @@ class DigestingFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._error is not None:
-            raise self._error
 
     def _append_gathered(self) -> None:
         count, self._gathered = self._gathered, 0
@@ -87,11 +80,7 @@ class DigestingFile:
 
     def _append(self, data: memoryview) -> None:
         self._digest.update(data)
-        try:
-            write_all(self._file.fileno(), data)
-        except OSError as error:
-            self._error = error
-            raise
+        write_all(self._file.fileno(), data)
         self._written += len(data)
         self._begin(at_least=_CHUNK_BYTES)
 
