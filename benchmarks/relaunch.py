@@ -8,13 +8,16 @@ Each start is a process of its own, and the ways to start take turns in an order
 - from call: from the call of `train` or `fit`, which leaves them out;
 - over: what is left of the first after subtracting the plain start and reading the checkpoint's files from the same
   place. What is behind it: the agent's start, listing, verification, claim, loading and comparing.
-A page cache holds all files: what a disk or a network takes is in neither of the two.
+A page cache holds all files: what a disk or a network takes is in neither of the two. The S3 server is the one that
+SPOT_TEST_S3_ENDPOINT names (`python -m tests.radosgw` starts one), moto otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +31,7 @@ from relaunch_starts import PLAIN, ROOT, Starts, Times
 
 sys.path.insert(0, str(ROOT))  # the server of the tests
 
-from tests.servers import S3Server
+from tests.servers import ENDPOINT, GivenS3Server, S3Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,11 @@ class Result:
     rows: list[Row]
 
 
-def measure(trainer: str, size: str, folder: Path, *, repeat: int, only: Sequence[str]) -> Result:
+def measure(trainer: str, size: str, folder: Path, endpoint: str | None, *, repeat: int, only: Sequence[str]) -> Result:
     folder.mkdir(parents=True)
     times: dict[str, list[Times]] = defaultdict(list)
-    with S3Server() as server:
+    with contextlib.ExitStack() as stack:
+        server = GivenS3Server(endpoint) if endpoint else stack.enter_context(S3Server())
         starts = Starts(trainer, size, folder, (server.options, server.new_bucket()))
         stored = starts.store()
         ways = [way for way in starts.ways() if way.name == PLAIN or not only or way.name in only]
@@ -114,12 +118,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
+    endpoint = os.environ.get(ENDPOINT)
     command_line.forget_variables()
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="relaunch-") as name:
         for size in command_line.sizes_of(options.size):
             folder = Path(name) / size
-            results.append(measure(options.trainer, size, folder, repeat=options.repeat, only=options.only))
+            results.append(measure(options.trainer, size, folder, endpoint, repeat=options.repeat, only=options.only))
             print(table(results[-1]), end="\n\n", flush=True)
     if options.json is not None:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lightning")}

@@ -23,18 +23,35 @@ def within(seconds: float, operation: Callable[[], _T]) -> _T:
     return answer.result()
 
 
-def in_order(operations: Iterable[Callable[[], _T]], *, at_once: int) -> Generator[_T, None, None]:
-    """What the operations return, in their order, so many of them under way also while one is used. To be closed.
+def in_order(operations: Iterable[Callable[[], _T]], slots: threading.Semaphore) -> Generator[_T, None, None]:
+    """What the operations return, in their order. To be closed.
 
-    Raises what the first one that fails raises. Those under way then, or when it is closed, are left to their threads.
+    Each has one of `slots` from before it is asked for until its result has been used: those who share them have no
+    more under way together. Raises what the first one that fails raises. Those under way then, or when it is closed,
+    are left to their threads.
     """
+    remaining, is_more = iter(operations), True
     coming: deque[Future[_T]] = deque()
-    for operation in operations:
-        found = [coming.popleft().result()] if len(coming) == at_once else []
-        coming.append(_begin(operation))
-        yield from found
-    while coming:
-        yield coming.popleft().result()
+    held = 0
+    try:
+        while is_more or coming:
+            # Who has something under way does not wait for a slot: others may wait for those that it holds.
+            while is_more and slots.acquire(blocking=not coming):
+                held += 1
+                operation = next(remaining, None)
+                if operation is not None:
+                    coming.append(_begin(operation))
+                    continue
+                is_more = False
+                slots.release()
+                held -= 1
+            if coming:
+                yield coming.popleft().result()
+                slots.release()
+                held -= 1
+    finally:
+        for _ in range(held):
+            slots.release()
 
 
 def _begin(operation: Callable[[], _T]) -> Future[_T]:

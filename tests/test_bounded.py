@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Semaphore
 
 import pytest
 
@@ -24,7 +26,7 @@ def test_results_come_in_order_however_long_each_takes() -> None:
             third_is_done.set()
         return number
 
-    assert list(in_order((partial(operation, number) for number in range(7)), at_once=3)) == list(range(7))
+    assert list(in_order((partial(operation, number) for number in range(7)), Semaphore(3))) == list(range(7))
 
 
 def test_no_more_are_begun_than_may_be_under_way() -> None:
@@ -33,18 +35,68 @@ def test_no_more_are_begun_than_may_be_under_way() -> None:
     def operations() -> list[Callable[[], None]]:
         return [partial(begun.append, number) for number in range(10)]
 
-    results = in_order(iter(operations()), at_once=3)
+    results = in_order(iter(operations()), Semaphore(3))
     next(results)
     assert len(begun) <= 4
     results.close()
     assert len(begun) <= 4
 
 
+def test_those_who_share_slots_have_no_more_under_way_together_and_all_get_on() -> None:
+    """Each holds some while it waits for its first result: one that waited for a slot then would wait for ever."""
+    slots, lock, most, under_way = Semaphore(3), threading.Lock(), 0, 0
+
+    def begin(count: int) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += count
+            most = max(most, under_way)
+
+    def use(sharer: int) -> list[int]:
+        def operations() -> Iterator[Callable[[], int]]:
+            for number in range(50):
+                begin(1)
+                yield lambda number=number: number  # type: ignore[misc]
+
+        found = []
+        for number in in_order(operations(), slots):
+            found.append(number)
+            begin(-1)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(use, range(4), timeout=60)) == [list(range(50))] * 4
+    assert 1 < most <= 3
+    assert all(slots.acquire(blocking=False) for _ in range(3)) and not slots.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("ends", ["closed", "an operation fails", "what comes next fails"])
+def test_slots_are_given_back_however_it_ends(ends: str) -> None:
+    slots, never = Semaphore(3), threading.Event()
+
+    def operations() -> Iterator[Callable[[], object]]:
+        yield int
+        yield never.wait if ends == "closed" else partial(int, "none")
+        if ends == "what comes next fails":
+            raise ValueError("next")
+        yield never.wait
+
+    results = in_order(operations(), slots)
+    if ends == "closed":
+        next(results)
+        results.close()
+    else:
+        with pytest.raises(ValueError, match=r"next|invalid literal"):
+            list(results)
+    assert all(slots.acquire(blocking=False) for _ in range(3)) and not slots.acquire(blocking=False)
+    never.set()
+
+
 def test_the_first_failure_ends_it() -> None:
     def fails() -> int:
         raise ValueError("second")
 
-    results = in_order(iter([lambda: 1, fails, lambda: 3]), at_once=2)
+    results = in_order(iter([lambda: 1, fails, lambda: 3]), Semaphore(2))
     assert next(results) == 1
     with pytest.raises(ValueError, match="second"):
         next(results)
@@ -65,10 +117,11 @@ def test_an_operation_may_itself_time_out() -> None:
         within(60, times_out)
 
 
-@pytest.mark.parametrize("way", ["next(in_order(iter([int, never.wait]), at_once=2))", "within(0.01, never.wait)"])
+@pytest.mark.parametrize("way", ["next(in_order(iter([int, never.wait]), Semaphore(2)))", "within(0.01, never.wait)"])
 def test_a_process_ends_without_waiting_for_them(way: str) -> None:
     script = (
-        "import threading\nfrom contextlib import suppress\nfrom spot_core.bounded import NoAnswer, in_order, within\n"
+        "import threading\nfrom contextlib import suppress\nfrom threading import Semaphore\n"
+        "from spot_core.bounded import NoAnswer, in_order, within\n"
         f"never = threading.Event()\nwith suppress(NoAnswer):\n    {way}\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

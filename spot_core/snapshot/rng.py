@@ -39,7 +39,7 @@ def capture(*, with_devices: bool = True, own: Sequence[torch.Generator] = ()) -
     with_devices=False skips the accelerators: enough for what data loading draws.
     """
     devices: dict[str, list[torch.Tensor]] = {}
-    if with_devices and torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if with_devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices["cuda"] = list(torch.cuda.get_rng_state_all())
     states = tuple(generator.get_state() for generator in own)
     return RngState(_python.state(), _numpy.state(), torch.get_rng_state(), devices, states)

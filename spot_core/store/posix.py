@@ -24,7 +24,7 @@ from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.signing import UNSIGNED, Signing
-from spot_core.store.tier import CHUNK_BYTES, RECORD_BYTES, OnBytes, check_record_size, digest_file
+from spot_core.store.tier import RECORD_BYTES, OnBytes, blocks, check_record_size, digest_file
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -308,9 +308,9 @@ def _create_exclusively(target: Path, data: bytes) -> None:
 
 def _copy_durably(source: Path, target: Path, on_bytes: OnBytes) -> None:
     with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
-        while chunk := reader.read(CHUNK_BYTES):
-            write_all(writer.fileno(), chunk)
-            on_bytes(len(chunk))
+        for block in blocks(reader):
+            write_all(writer.fileno(), block)
+            on_bytes(len(block))
         os.fsync(writer.fileno())
 
 

@@ -83,8 +83,9 @@ class FsspecTier:
                 f"{self.url} contains a wildcard (*, ? or [), which a run's folder must not. Nothing was read."
             )
 
-        self._reading = threading.Lock()
-        self._s3 = S3(self._fs, self._root) if is_s3 else None
+        # Of several large files each would hold its own parts in memory: those of all together fill the network.
+        self._slots = threading.Semaphore(PARALLEL_PARTS)
+        self._s3 = S3(self._fs, self._root, self._slots) if is_s3 else None
         self._folders = folders.Folders(self._fs) if scheme in folders.SCHEMES else None
 
     def _path(self, relative: str) -> str:
@@ -263,8 +264,7 @@ class FsspecTier:
             yield from [fetch(0)] if size else []
             return
         fetches = (partial(fetch, start) for start in range(0, size, PART_BYTES))
-        # Of several large files each would hold its own parts in memory: those of one fill the network.
-        with self._reading, contextlib.closing(in_order(fetches, at_once=PARALLEL_PARTS)) as parts:
+        with contextlib.closing(in_order(fetches, self._slots)) as parts:
             yield from parts
 
     def delete(self, paths: Iterable[str]) -> None:

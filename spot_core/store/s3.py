@@ -7,7 +7,6 @@ time. After that half a minute is ridden out.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -20,7 +19,7 @@ from spot_core.errors import ConfigError
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord
-from spot_core.store.s3_files import PART_BYTES, S3Files
+from spot_core.store.s3_files import S3Files
 from spot_core.store.tier import OnBytes
 
 logger = logging.getLogger(__name__)
@@ -121,17 +120,16 @@ def reason(error: BaseException) -> str:
 
 
 class S3:
-    """A folder of a bucket. fs: an S3FileSystem. Threads may share it."""
+    """A folder of a bucket. fs: an S3FileSystem. slots: of the parts under way at a time. Threads may share it."""
 
-    def __init__(self, fs: Any, root: str) -> None:
+    def __init__(self, fs: Any, root: str, slots: threading.Semaphore) -> None:
         from s3fs.core import set_custom_error_handler
 
         set_custom_error_handler(is_passing)
         self._fs = fs
         self._bucket, _, self._prefix = root.partition("/")
-        self._files = S3Files(fs, self._bucket, is_passing)
+        self._files = S3Files(fs, self._bucket, is_passing, slots)
         self._renewing = threading.Lock()
-        self._large = threading.Lock()
         self._renewals = 0
         fs.retries = RETRIES_AT_FIRST
 
@@ -178,14 +176,7 @@ class S3:
 
         Returns what was sent if the store attests that it holds it; see `S3Files.put`.
         """
-        size = source.stat().st_size
-        # Of several large files each would hold its own parts in memory: those of one fill the network.
-        with self._large if size > PART_BYTES else contextlib.nullcontext():
-            digest = self._put(source, path, size, on_bytes)
-        return None if digest is None else FileRecord(path, size, digest)
-
-    def _put(self, source: Path, path: str, size: int, on_bytes: OnBytes) -> str | None:
-        done = 0
+        size, done = source.stat().st_size, 0
 
         def told(count: int) -> None:
             nonlocal done
@@ -209,7 +200,7 @@ class S3:
         digest = self.call(put)
         if done != size:
             told(size - done)
-        return digest
+        return None if digest is None else FileRecord(path, size, digest)
 
     def sweep_uploads(self, before_incarnation: int) -> int:
         """Abort the unfinished uploads of this run's earlier lives; returns how many.

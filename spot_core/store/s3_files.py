@@ -30,13 +30,16 @@ _T = TypeVar("_T")
 
 
 class S3Files:
-    """Files in one bucket. fs: an S3FileSystem. is_passing: which errors are worth another attempt.
+    """Files in one bucket. fs: an S3FileSystem. is_passing: which errors are worth another attempt. slots: of the parts
+    that may be under way.
 
     Threads may share it. Raises what s3fs raises (FileNotFoundError, PermissionError, OSError), caused by botocore's.
     """
 
-    def __init__(self, fs: Any, bucket: str, is_passing: Callable[[Exception], bool]) -> None:
-        self._fs, self._bucket, self._is_passing = fs, bucket, is_passing
+    def __init__(
+        self, fs: Any, bucket: str, is_passing: Callable[[Exception], bool], slots: threading.Semaphore
+    ) -> None:
+        self._fs, self._bucket, self._is_passing, self._slots = fs, bucket, is_passing, slots
         self._making = threading.Lock()
         self._made: Any = None
 
@@ -98,8 +101,8 @@ class S3Files:
 
         parts = []
         try:
-            with open(source, "rb", buffering=0) as file:
-                for part, md5, count in in_order(puts(file), at_once=PARALLEL_PARTS):
+            with open(source, "rb", buffering=0) as file, contextlib.closing(in_order(puts(file), self._slots)) as sent:
+                for part, md5, count in sent:
                     parts.append(part)
                     sums += md5
                     on_bytes(count)

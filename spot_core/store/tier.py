@@ -7,7 +7,8 @@ drains and restores need, and nothing that a plain object store cannot do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,8 @@ from spot_core.errors import ConfigError, CorruptCheckpointError, shown
 from spot_core.store.manifest import FileRecord
 from spot_core.store.signing import Signing
 
-CHUNK_BYTES = 8 << 20
+# Read by as much as a processor's own cache holds: digested or copied from there it takes a third of the time.
+_BLOCK_BYTES = 512 << 10
 # What `read` gives, at most. Manifests and the other records are far smaller; one that is not was not written by us.
 RECORD_BYTES = 64 << 20
 OnBytes = Callable[[int], None]
@@ -157,10 +159,17 @@ def digest_file(path: Path) -> FileRecord:
     """Size and digest of a local file."""
     digest, size = blake3(), 0
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+        for block in blocks(file):
+            digest.update(block)
+            size += len(block)
     return FileRecord(path.name, size, digest.hexdigest())
+
+
+def blocks(file: FileIO) -> Iterator[memoryview]:
+    """What an unbuffered file holds, in order. Each is good until the next one is asked for."""
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    while count := file.readinto(buffer):
+        yield buffer[:count]
 
 
 def unknown_scheme(url: str, reason: object) -> ConfigError:

@@ -19,7 +19,6 @@ from spot_core.errors import ConfigError
 from spot_core.report.checks.finding import Area, Finding
 from spot_core.report.units import duration, size
 from spot_core.store.posix import check_usable, fsync_folder, held_bytes, write_all
-from spot_core.store.tier import CHUNK_BYTES
 from spot_core.store.volume import describe_place, file_system, needed_bytes
 
 AREA = Area("local tier")
@@ -27,6 +26,7 @@ AREA = Area("local tier")
 PROBE = "doctor-"
 # The newest ones that are kept, and the one that is being written.
 _CHECKPOINTS = 3
+_BLOCK_BYTES = 8 << 20
 _IN_MEMORY = {"tmpfs", "ramfs"}
 _ANOTHER_DISK = "set local= (SPOT_LOCAL) to a disk of this instance"
 
@@ -126,7 +126,7 @@ def _write(probe: LocalProbe, file: Path, count: int, state_bytes: int) -> None:
         # A run in use must find room for its next checkpoint meanwhile.
         probe.findings.append(AREA.skipped("writing", "too little room to try it beside a run"))
         return
-    block, began = os.urandom(CHUNK_BYTES), time.perf_counter()
+    block, began = os.urandom(_BLOCK_BYTES), time.perf_counter()
     try:
         with open(file, "xb", buffering=0) as opened:
             for start in range(0, count, len(block)):
