@@ -61,9 +61,6 @@ osd data = {folder}/osd
 [client.gateway]
 rgw data = {folder}/gateway
 rgw frontends = beast endpoint=127.0.0.1:{port}
-rgw gc obj min wait = 20
-rgw gc processor period = 20
-rgw gc processor max time = 20
 """
 
 _CAPABILITIES = {
