@@ -15,7 +15,6 @@ SPOT_TEST_S3_ENDPOINT names (`python -m tests.radosgw` starts one), moto otherwi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import statistics
@@ -31,7 +30,7 @@ from relaunch_starts import PLAIN, ROOT, Starts, Times
 
 sys.path.insert(0, str(ROOT))  # the server of the tests
 
-from tests.servers import ENDPOINT, GivenS3Server, S3Server
+from tests.servers import ENDPOINT, server_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,7 @@ class Result:
 def measure(trainer: str, size: str, folder: Path, endpoint: str | None, *, repeat: int, only: Sequence[str]) -> Result:
     folder.mkdir(parents=True)
     times: dict[str, list[Times]] = defaultdict(list)
-    with contextlib.ExitStack() as stack:
-        server = GivenS3Server(endpoint) if endpoint else stack.enter_context(S3Server())
+    with server_at(endpoint) as server:
         starts = Starts(trainer, size, folder, (server.options, server.new_bucket()))
         stored = starts.store()
         ways = [way for way in starts.ways() if way.name == PLAIN or not only or way.name in only]

@@ -34,7 +34,7 @@ import storage_report
 import storage_selection
 from stall_states import SHAPES
 
-from tests.servers import ENDPOINT, GivenS3Server, S3Server
+from tests.servers import ENDPOINT, server_at
 
 _MANIFESTS = {"tiny": 1_200, "lora": 10_000, "full": 10_000}
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder, prefix="storage-")))
-        server = GivenS3Server(endpoint) if endpoint else stack.enter_context(S3Server())
+        server = stack.enter_context(server_at(endpoint))
         bucket, how = server.new_bucket(), server.options
         for size in sizes:
             moved = storage_remote.measure(size, work / "moved", how, bucket, repeat=options.repeat)

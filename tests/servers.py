@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from ipaddress import IPv4Address
@@ -140,6 +142,16 @@ class GivenS3Server:
         # mkdir would name the region, which some servers and us-east-1 refuse
         fsspec.filesystem("s3", **self.options).call_s3("create_bucket", Bucket=name)
         return name
+
+
+@contextlib.contextmanager
+def server_at(endpoint: str | None) -> Iterator[GivenS3Server | S3Server]:
+    """The server at that address; moto without TLS if there is none."""
+    if endpoint is not None:
+        yield GivenS3Server(endpoint)
+        return
+    with S3Server() as server:
+        yield server
 
 
 def _self_signed(folder: Path) -> tuple[Path, Path]:
