@@ -17,7 +17,7 @@ from spot_core.data.position import DataPosition
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 
@@ -66,14 +66,14 @@ class SpotHooks:
 
     def durable(self, step: int) -> Manifest | None:
         """The manifest of the checkpoint taken at `step`, once it is on the remote."""
-        for name in resume.names(self._remote):
+        for name in catalog.names(self._remote):
             if name.step == step:
-                return resume.read_manifest(self._remote, name)
+                return catalog.read_manifest(self._remote, name)
         return None
 
     def newest_bytes(self) -> int:
         """Size of the newest checkpoint on the remote."""
-        return resume.read_manifest(self._remote, resume.names(self._remote)[0]).total_bytes
+        return catalog.read_manifest(self._remote, catalog.names(self._remote)[0]).total_bytes
 
 
 class SpotSaver(Saver):

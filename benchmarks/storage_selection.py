@@ -12,7 +12,7 @@ from typing import Any
 
 from storage_clients import Boto3
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
@@ -63,9 +63,9 @@ def measure(
             shutil.rmtree(target.root)
 
         rows = [
-            _look("names, local", lambda: resume.names(full), repeat),
+            _look("names, local", lambda: catalog.names(full), repeat),
             _look("newest_valid, local", nearest, repeat),
-            _look("names, S3", lambda: resume.names(remote), repeat, proxy),
+            _look("names, S3", lambda: catalog.names(remote), repeat, proxy),
             _look("newest_valid, S3, with its download", from_remote, repeat, proxy),
         ]
     shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spot_core.errors import ConfigError
 from spot_core.snapshot.files import NativeFile
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -56,7 +56,7 @@ class ResumePoint:
 
         folder = holder(name).path(layout.checkpoint(name))
         pinned = holder(pin).path(layout.checkpoint(pin)) if pin is not None else None
-        return cls(resume.read_manifest(holder(name), name), folder, source, pinned)
+        return cls(catalog.read_manifest(holder(name), name), folder, source, pinned)
 
     @property
     def committed(self) -> dict[int, CheckpointName]:

@@ -21,7 +21,7 @@ import pytest
 from spot_core.agent.client import AgentClient
 from spot_core.config import SpotConfig
 from spot_core.errors import SpotError
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.identity import RunIdentity
 from spot_core.store.signing import Signing
 from spot_core.store.tier import open_tier
@@ -191,9 +191,9 @@ def test_a_life_with_secrets_tells_none(tmp_path: Path, lenient_server: S3Server
         tmp_path / "log", ["examples/raw_pytorch.py", "--remote", url, "--local", str(tmp_path / "local")], environment
     )
     remote = open_tier(url, lenient_server.options, (KEY,))
-    code, out = life.run(preempted=lambda: resume.names(remote))
+    code, out = life.run(preempted=lambda: catalog.names(remote))
     assert code == 75, out[-3000:]
-    assert resume.read_manifest(remote, resume.names(remote)[0]).is_signed
+    assert catalog.read_manifest(remote, catalog.names(remote)[0]).is_signed
     stored, local = objects_in(url, lenient_server.options), files_in(tmp_path / "local")
     assert len(stored) > 5 and len(local) > 5 and len(life.agents) == 1
     assert any("spot_core.agent" in command for command in life.commands)
@@ -262,8 +262,8 @@ def test_the_key_reaches_the_agent_through_its_input_alone(tmp_path: Path) -> No
         trainer.do("outcome", "completed")
         wait_for_end(trainer)
         place.remote.signing = Signing("run", (KEY,))
-        (name,) = resume.names(place.remote)
-        assert resume.read_manifest(place.remote, name).is_signed and resume.completions(place.remote) == {name: 1}
+        (name,) = catalog.names(place.remote)
+        assert catalog.read_manifest(place.remote, name).is_signed and catalog.completions(place.remote) == {name: 1}
     finally:
         trainer.close()
 

@@ -19,7 +19,7 @@ from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile, pieces
 from spot_core.snapshot.trees import rebuild
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import resume
+from spot_core.store import catalog, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -123,7 +123,7 @@ def test_steps_after_the_snapshot_do_not_show_in_it(
     for i, state in expected_optimizer["state"].items():
         assert loaded["state"][i].keys() == state.keys()
         assert all(torch.equal(torch.as_tensor(loaded["state"][i][key]), torch.as_tensor(state[key])) for key in state)
-    resume.verify(tier, resume.read_manifest(tier, done[0].manifest.name))
+    resume.verify(tier, catalog.read_manifest(tier, done[0].manifest.name))
     snapshotter.close()
 
 
@@ -157,7 +157,7 @@ def test_a_state_that_cannot_be_restored_is_known_at_the_first_checkpoint(tmp_pa
     writer.submit(snapshotter.take([unloadable]), manifest(1), done.append)
     writer.wait()
     assert done[0].error is not None
-    assert resume.names(tier) == []
+    assert catalog.names(tier) == []
     assert list((tmp_path / "staging").iterdir()) == []
     snapshotter.close()
 
@@ -179,7 +179,7 @@ def test_a_staging_folder_that_cannot_be_made_is_counted_and_the_next_checkpoint
     writer.submit(snapshotter.take(files_of(model, optimizer)), manifest(2), done.append)
     writer.wait()
     assert [written.error is None for written in done] == [False, True]
-    assert resume.names(tier) == [CheckpointName(1, 2)]
+    assert catalog.names(tier) == [CheckpointName(1, 2)]
     snapshotter.close()
 
 

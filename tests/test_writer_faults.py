@@ -16,7 +16,7 @@ from spot_core.errors import FencedError, TierError, is_full
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Prepare, Written
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -88,9 +88,9 @@ def test_full_in_mid_write_leaves_nothing_and_the_next_one_works(
         with caplog.at_level(logging.INFO):
             assert writer.write(4).error is None
         assert "checkpoints are written again, after 2 that were not" in caplog.text
-        for name in resume.names(tier):
-            resume.verify(tier, resume.read_manifest(tier, name))
-        assert resume.names(tier) == [CheckpointName(1, 4), CheckpointName(1, 1)]
+        for name in catalog.names(tier):
+            resume.verify(tier, catalog.read_manifest(tier, name))
+        assert catalog.names(tier) == [CheckpointName(1, 4), CheckpointName(1, 1)]
         writer.close()
 
 
@@ -130,11 +130,11 @@ def test_a_folder_removed_under_the_write_costs_a_second_attempt(
     writer.between = remove
     written = writer.write(1)
     assert written.error is None and len(attempts) == 2
-    resume.verify(tier, resume.read_manifest(tier, CheckpointName(1, 1)))
+    resume.verify(tier, catalog.read_manifest(tier, CheckpointName(1, 1)))
     assert not caplog.records
     writer.between = lambda: shutil.rmtree(tier.root)
     assert isinstance(writer.write(2).error, FileNotFoundError)
-    assert resume.names(tier) == []
+    assert catalog.names(tier) == []
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     writer.close()
 
@@ -153,7 +153,7 @@ def test_a_file_removed_after_it_was_written_is_not_committed_over(tmp_path: Pat
     assert writer.write(0).error is None  # the first of a life is loaded back, which would notice
     writer.between = remove
     assert writer.write(1).error is None
-    resume.verify(tier, resume.read_manifest(tier, CheckpointName(1, 1)))
+    resume.verify(tier, catalog.read_manifest(tier, CheckpointName(1, 1)))
     writer.close()
 
 
@@ -182,10 +182,10 @@ def test_full_in_mid_write_goes_where_there_is_room(
         with no_space(full) if kind == "disk" else largest_file(100_000):
             assert writer.write(2).error is None
         writer.close()
-        assert resume.names(tier) == [CheckpointName(1, 1)]
+        assert catalog.names(tier) == [CheckpointName(1, 1)]
         assert tier.list("staging") == [] and tier.list("checkpoints") == [str(CheckpointName(1, 1))]
     assert [is_full(failure) for failure in failures] == [True]
-    resume.verify(elsewhere, resume.read_manifest(elsewhere, CheckpointName(1, 2)))
+    resume.verify(elsewhere, catalog.read_manifest(elsewhere, CheckpointName(1, 2)))
     assert not caplog.records
 
 
@@ -221,5 +221,5 @@ def test_a_newer_life_on_the_local_folder_fences_what_is_written_elsewhere(tmp_p
     assert writer.write(1).error is None
     tier.create(layout.incarnation(2), b"{}")
     assert isinstance(writer.write(2).error, FencedError)
-    assert resume.names(elsewhere) == [CheckpointName(1, 1)]
+    assert catalog.names(elsewhere) == [CheckpointName(1, 1)]
     writer.close()

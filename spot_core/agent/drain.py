@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from spot_core.errors import CommitConflictError, CorruptCheckpointError, NewerFormatError, TierError
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.overflow import Overflow
@@ -82,9 +82,9 @@ class Drain:
         """Every local commit, with the tier that holds it. Raises TierError."""
         self._overflow.hold()
         tier = self._overflow.tier
-        found = dict.fromkeys(resume.names(tier), tier) if tier is not None else {}
+        found = dict.fromkeys(catalog.names(tier), tier) if tier is not None else {}
         try:
-            found.update(dict.fromkeys(resume.names(self._local), self._local))
+            found.update(dict.fromkeys(catalog.names(self._local), self._local))
             self._is_local_known = True
         except TierError as error:
             # What is only there may come back: until then nothing that it could refer to is deleted.
@@ -96,8 +96,8 @@ class Drain:
     def _list_remote(self) -> None:
         # At first use, not at construction: a remote that is down then is retried like at any other time.
         if not self._is_remote_listed:
-            self._durable.update(resume.sound_names(self._remote))
-            self._completed.update(resume.completions(self._remote))
+            self._durable.update(catalog.sound_names(self._remote))
+            self._completed.update(catalog.completions(self._remote))
             self._is_remote_listed = True
 
     def step(self, on_progress: OnProgress) -> tuple[CheckpointName, float] | None:
@@ -117,7 +117,7 @@ class Drain:
         if tier is None:
             return self.step(on_progress)
         try:
-            manifest = resume.read_manifest(tier, name)
+            manifest = catalog.read_manifest(tier, name)
             resume.verify(tier, manifest)
         except (CorruptCheckpointError, FileNotFoundError) as error:
             if name not in self._here():
@@ -171,7 +171,7 @@ class Drain:
         try:
             if self._remote.read(layout.manifest(manifest.name)) == manifest.to_json():
                 return True
-            resume.read_manifest(self._remote, manifest.name)
+            catalog.read_manifest(self._remote, manifest.name)
             why = ""
         except FileNotFoundError:
             return False
@@ -187,10 +187,10 @@ class Drain:
 
     def _drain_completions(self) -> None:
         tiers = [tier for tier in (self._overflow.tier, self._local if self._is_local_known else None) if tier]
-        ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
+        ended = {name: steps for tier in tiers for name, steps in catalog.completions(tier).items()}
         for name in (ended.keys() - self._completed) & self._durable:
             incarnation.check_fence(self._remote, self._incarnation)
-            resume.mark_complete(self._remote, name, ended[name])
+            catalog.mark_complete(self._remote, name, ended[name])
             self._completed.add(name)
 
     def prune(self) -> None:
@@ -206,7 +206,7 @@ class Drain:
         waiting = self.pending()
         wanted = pinned.union(waiting, self._pins_of(waiting))
         for tier, keep, stay in ((self._remote, self._keep_remote, lasting), (self._local, self._keep_local, wanted)):
-            names = resume.names(tier)
+            names = catalog.names(tier)
             # What somebody else put there takes the place of nothing.
             present = [name for name in names if name in self._durable] if tier is self._remote else names
             doomed = retention.superseded(present, keep=keep, durable=self._durable, pinned=stay)
@@ -224,7 +224,7 @@ class Drain:
         """Whether this release can tell what it deletes: what a newer one committed is for that one to delete."""
         if name not in self._readable:
             try:
-                resume.read_manifest(tier, name)
+                catalog.read_manifest(tier, name)
             except NewerFormatError as error:
                 if name not in self._newer:
                     self._newer.add(name)
@@ -260,7 +260,7 @@ class Drain:
             if tier is None:
                 continue
             try:
-                self._pins[name] = resume.read_manifest(tier, name).pins
+                self._pins[name] = catalog.read_manifest(tier, name).pins
             except FileNotFoundError:
                 continue
             except CorruptCheckpointError:

@@ -32,6 +32,8 @@ _UNREADABLE = (
 )
 # Lives read at start; older ones have been forgotten by the estimator anyway.
 _MOST_LIVES = 200
+# Of these the newest may not have told of a checkpoint yet.
+_LAST_LIVES = 8
 # A record that says more was not measured.
 _LONGEST_S = 366 * 86_400.0
 
@@ -136,6 +138,12 @@ def read_lives(tier: Tier, *, most: int = _MOST_LIVES) -> list[Life]:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda entry: _read_life(tier, entry), entries[-most:]))
     return [life for life in found if life is not None]
+
+
+def newest_durable(tier: Tier) -> CheckpointName | None:
+    """The newest checkpoint that the last lives of a run say is on the remote, as of their last heartbeats."""
+    said = (CheckpointName.parse(life.newest_durable or "") for life in read_lives(tier, most=_LAST_LIVES))
+    return max(filter(None, said), default=None)
 
 
 def _read_life(tier: Tier, entry: str) -> Life | None:

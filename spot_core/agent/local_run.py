@@ -16,7 +16,7 @@ from typing import Any
 from spot_core.agent.journal import Journal, Progress
 from spot_core.agent.monitor import AgentMonitor
 from spot_core.errors import CommitConflictError, FencedError, SpotError, TierError, is_full
-from spot_core.store import incarnation, layout, resume, volume
+from spot_core.store import catalog, incarnation, layout, volume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.overflow import Overflow
@@ -158,7 +158,7 @@ class LocalRun:
             return False
 
     def _tell_remade(self, missing: list[str]) -> None:
-        durable, here = self._agent.durable, set(resume.names(self._tier))
+        durable, here = self._agent.durable, set(catalog.names(self._tier))
         newest = max(durable, default=None)
         safe = here.union(durable, self._overflow.names())
         gone = {step: name for step, name in self.committed.items() if name not in safe}
@@ -243,13 +243,13 @@ class LocalRun:
     def _mark_complete(self, name: CheckpointName, max_steps: int | None) -> None:
         try:
             self.keep()
-            resume.mark_complete(self._tier, name, max_steps)
+            catalog.mark_complete(self._tier, name, max_steps)
         except (FencedError, CommitConflictError):
             raise
         except (SpotError, OSError):
             if self._overflow.folder is None:
                 raise
-            resume.mark_complete(self._overflow.make(), name, max_steps)
+            catalog.mark_complete(self._overflow.make(), name, max_steps)
 
     def wait_drained(self, timeout_s: float, remote_url: str) -> None:
         """Wait until the agent has drained everything; say so if it does not get there."""

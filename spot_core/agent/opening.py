@@ -15,7 +15,7 @@ from typing import TypeVar
 import stamina
 
 from spot_core.agent.drain import Drain
-from spot_core.agent.lives import Life, read_lives
+from spot_core.agent.lives import Life, newest_durable, read_lives
 from spot_core.errors import (
     AgentError,
     ConfigError,
@@ -26,8 +26,9 @@ from spot_core.errors import (
     TierError,
     is_full,
 )
+from spot_core.store import catalog, incarnation, resume, retention, volume
 from spot_core.store import identity as identities
-from spot_core.store import incarnation, resume, retention, volume
+from spot_core.store.catalog import Recent
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
@@ -100,10 +101,10 @@ def open_run(
 
 def newest_manifest(local: PosixTier, remote: Tier) -> Manifest | None:
     """The newest manifest that can be read, wherever it is; its files are not verified. Raises TierError."""
-    found = [(name, tier) for tier in (local, remote) for name in resume.names(tier)]
+    found = [(name, tier) for tier in (local, remote) for name in catalog.names(tier)]
     for name, tier in sorted(found, key=lambda each: each[0], reverse=True):
         with contextlib.suppress(CorruptCheckpointError, FileNotFoundError):
-            return resume.read_manifest(tier, name)
+            return catalog.read_manifest(tier, name)
     return None
 
 
@@ -118,7 +119,7 @@ def drain_end(local: PosixTier, remote: Tier, drain: Drain, opened: Opened, *, t
     A finished run gets no life and so no agent: without this it would stay on this disk. Raises TierError.
     """
     finished = opened.restored.manifest.name if opened.incarnation is None and opened.restored is not None else None
-    if finished is None or finished in resume.completions(remote):
+    if finished is None or catalog.completion(remote, finished) is not None:
         return
 
     def drain_all() -> None:
@@ -161,34 +162,35 @@ def _open_once(
     on_progress: OnProgress,
 ) -> Opened:
     # Listing first: on an object store it is what tells a missing bucket from an empty run.
-    newest = _newest_name(local, remote, Overflow(None))
+    recent = catalog.recent(remote, lambda: newest_durable(remote))
     stored = identities.read_run(remote)
     identities.check_identity(stored, identity, remote.url)
     identities.check_same_run(local, stored)
-    if newest is not None and stored is None:
+    if stored is None and (recent.names or catalog.names(local)):
         raise ConfigError(f"{remote.url} holds checkpoints but no run.json: it is not a run's folder")
     overflow = Overflow.of(remote, stored["run_id"]) if stored is not None else Overflow(None)
     overflow.hold()  # before the look at what is there
-    newest = max(filter(None, (newest, *overflow.names())), default=None)
-    restored = _restore(local, overflow, remote, on_progress) if is_resumed else None
+    near = _near(local, overflow)
+    newest = max([*recent.names, *(name for tier in near for name in catalog.names(tier))], default=None)
+    restored = _restore(local, overflow, remote, on_progress, recent) if is_resumed else None
     _tell_unchecked(restored, remote)
     pin = _fetch_pin(restored, local, overflow, remote, on_progress)
     if restored is not None:
-        tiers: list[Tier] = [tier for tier in (local, overflow.tier, remote) if tier is not None]
-        ended = {name: steps for tier in tiers for name, steps in resume.completions(tier).items()}
-        if restored.manifest.name in ended:
-            return Opened(None, restored, pin, read_lives(remote), ended[restored.manifest.name], overflow)
+        ends = (catalog.completion(tier, restored.manifest.name) for tier in (remote, *near))
+        end = next(filter(None, ends), None)
+        if end is not None:
+            return Opened(None, restored, pin, read_lives(remote), end.max_steps, overflow)
     if not is_wanted():
         raise AgentError("the trainer ended before its life was claimed: nothing was claimed")
     number = _claim_once(local, remote, identity, started)
-    if is_resumed and _newest_name(local, remote, overflow) != newest:
+    if is_resumed and any(catalog.has_newer(tier, newest) for tier in (remote, *near)):
         # The life before this one committed once more before it saw the claim.
         restored = _restore(local, overflow, remote, on_progress)
         pin = _fetch_pin(restored, local, overflow, remote, on_progress)
     if stored is None:
         overflow = overflow_of(local, remote)
-    for near in filter(None, (local, overflow.tier)):
-        retention.sweep_orphans(near, resume.names(near), before_incarnation=number)
+    for tier in _near(local, overflow):
+        retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=number)
     lives = [life for life in read_lives(remote) if life.incarnation < number]
     return Opened(number, restored, pin, lives, overflow=overflow)
 
@@ -200,7 +202,7 @@ def sweep_remote(remote: Tier, number: int) -> None:
     """
     # The agent of the life right before may be between its last look at the fence and its manifest: what looks like
     # its orphan is left to the next life.
-    retention.sweep_orphans(remote, resume.names(remote), before_incarnation=number - 1)
+    retention.sweep_orphans(remote, catalog.names(remote), before_incarnation=number - 1)
     if isinstance(remote, ObjectStore):
         remote.sweep_uploads(before_incarnation=number)
 
@@ -214,16 +216,22 @@ def overflow_of(local: PosixTier, remote: Tier) -> Overflow:
 def clear_finished(overflow: Overflow, local: PosixTier, remote: Tier) -> None:
     """Give back the memory that the lives of a finished run left taken; what is not durable stays."""
     try:
-        newest = max(resume.sound_names(remote), default=None)
+        newest = max(catalog.sound_names(remote), default=None)
         kept = [name for name in overflow.names() if newest is None or name > newest]
         overflow.remove(incarnation.newest(local), but=kept)
     except (SpotError, OSError) as error:
         logger.debug("%s not cleared: %s", overflow.folder, error)
 
 
-def _restore(local: PosixTier, overflow: Overflow, remote: Tier, on_progress: OnProgress) -> Restored | None:
-    find_room = _room_for(local, overflow, remote)
-    return resume.newest_valid(local, remote, on_progress, overflow=overflow.tier, find_room=find_room)
+def _near(local: PosixTier, overflow: Overflow) -> list[PosixTier]:
+    return [tier for tier in (local, overflow.tier) if tier is not None]
+
+
+def _restore(
+    local: PosixTier, overflow: Overflow, remote: Tier, on_progress: OnProgress, recent: Recent | None = None
+) -> Restored | None:
+    find_room, near = _room_for(local, overflow, remote), overflow.tier
+    return resume.newest_valid(local, remote, on_progress, overflow=near, find_room=find_room, recent=recent)
 
 
 def _room_for(local: PosixTier, overflow: Overflow, remote: Tier) -> FindRoom:
@@ -232,7 +240,7 @@ def _room_for(local: PosixTier, overflow: Overflow, remote: Tier) -> FindRoom:
     def find(manifest: Manifest) -> PosixTier:
         if volume.has_room(local, manifest.total_bytes):
             return local
-        durable = set(resume.sound_names(remote))  # reads every manifest there
+        durable = set(catalog.sound_names(remote))  # reads every manifest there
         pinned = {manifest.pins} if manifest.pins is not None else set()
         try:
             volume.make_room(local, manifest.total_bytes, durable=durable, pinned=pinned, replaced=manifest.name)
@@ -272,10 +280,6 @@ def _claim_once(local: PosixTier, remote: Tier, identity: RunIdentity, started: 
     return number
 
 
-def _newest_name(local: PosixTier, remote: Tier, overflow: Overflow) -> CheckpointName | None:
-    return max([*resume.names(remote), *resume.names(local), *overflow.names()], default=None)
-
-
 def _fetch_pin(
     restored: Restored | None, local: PosixTier, overflow: Overflow, remote: Tier, on_progress: OnProgress
 ) -> CheckpointName | None:
@@ -289,8 +293,8 @@ def _fetch_pin(
             name,
             local,
             remote,
-            here=name in resume.names(local),
-            there=name in resume.names(remote),
+            here=catalog.has(local, name),
+            there=catalog.has(remote, name),
             overflow=overflow.tier if name in overflow.names() else None,
             find_room=_room_for(local, overflow, remote),
             on_progress=on_progress,

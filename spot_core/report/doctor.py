@@ -37,7 +37,7 @@ from spot_core.report.checks.notices import check_notices
 from spot_core.report.checks.remote import PATIENCE_S, RemoteProbe
 from spot_core.report.options import AsJson, KeyFile
 from spot_core.report.units import count
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
 from spot_core.store.tier import Tier, open_tier
@@ -171,8 +171,8 @@ def _newest_bytes(config: SpotConfig, probe: RemoteProbe | None) -> int | None:
         tiers.append(probe.tier)
 
     def look(tier: Tier) -> int | None:
-        stored = resume.names(tier)
-        return resume.read_manifest(tier, stored[0]).total_bytes if stored else None
+        stored = catalog.names(tier)
+        return catalog.read_manifest(tier, stored[0]).total_bytes if stored else None
 
     for tier in tiers:
         with contextlib.suppress(TierError, CorruptCheckpointError, FileNotFoundError, NoAnswer):

@@ -18,7 +18,7 @@ from spot_core.errors import ConfigError, CorruptCheckpointError, FencedError, N
 from spot_core.report import runs
 from spot_core.report.places import in_parallel
 from spot_core.report.units import count, size
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.resume import OnProgress
@@ -74,7 +74,7 @@ def plan(tier: Tier, *, keep: int, keep_every: int | None, now: float, on_progre
         )
     number = incarnation.newest(tier)
     runs.check_no_active_life(tier, now=now, undone="deleted", advice="its agent prunes by itself")
-    names = resume.names(tier)
+    names = catalog.names(tier)
     read = dict(zip(names, in_parallel(lambda name: _manifest(tier, name), names), strict=True))
     manifests = {name: found for name, found in read.items() if isinstance(found, Manifest)}
     newer = [name for name in names if isinstance(read[name], NewerFormatError)]
@@ -157,7 +157,7 @@ def _verify_newest(tier: Tier, newest: Manifest, on_progress: OnProgress) -> Non
 
 def _manifest(tier: Tier, name: CheckpointName) -> Manifest | CorruptCheckpointError:
     try:
-        return resume.read_manifest(tier, name)
+        return catalog.read_manifest(tier, name)
     except CorruptCheckpointError as error:
         return error
     except FileNotFoundError as error:

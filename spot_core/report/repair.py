@@ -18,7 +18,7 @@ from typing import Any
 from spot_core.errors import ConfigError, CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
 from spot_core.report import runs
 from spot_core.report.places import StoredRun
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier
@@ -67,8 +67,8 @@ def repair(target: StoredRun, source: StoredRun, *, now: float, on_progress: OnC
         runs.check_no_active_life(
             run.tier, now=now, undone="written", advice="its agent may delete what is being repaired"
         )
-    names = resume.names(target.tier)
-    lost = _without_manifest(target.tier, names) & set(resume.names(source.tier))
+    names = catalog.names(target.tier)
+    lost = _without_manifest(target.tier, names) & set(catalog.names(source.tier))
     names = sorted({*names, *lost}, reverse=True)
     manifests = [_manifest(target.tier, name) for name in names]
     total = sum(manifest.total_bytes for manifest in manifests if isinstance(manifest, Manifest))
@@ -126,7 +126,7 @@ def _mend(
 def _healthy(source: Tier, name: CheckpointName, mine: Manifest | None) -> Manifest:
     """The manifest of the other copy, which verifies whole. Raises CorruptCheckpointError saying why there is none."""
     try:
-        theirs = resume.read_manifest(source, name)
+        theirs = catalog.read_manifest(source, name)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"{source.url} does not hold it") from error
     if mine is not None and not _is_same_commit(mine, theirs):
@@ -188,7 +188,7 @@ def _at_hand(tier: Tier, path: str, scratch: Path) -> Path:
 
 def _manifest(tier: Tier, name: CheckpointName) -> Manifest | NewerFormatError | None:
     try:
-        return resume.read_manifest(tier, name)
+        return catalog.read_manifest(tier, name)
     except NewerFormatError as error:
         return error
     except (CorruptCheckpointError, FileNotFoundError):

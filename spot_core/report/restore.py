@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from spot_core.errors import ConfigError, CorruptCheckpointError, TierError
 from spot_core.report.units import size
-from spot_core.store import resume
+from spot_core.store import catalog, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import fsync_folder
@@ -45,7 +45,7 @@ def restore(tier: Tier, folder: Path, *, choice: CheckpointName | None, progress
     Raises ConfigError (something is in the way, no room, no checkpoint), CorruptCheckpointError (the chosen one is
     damaged, or all are), TierError.
     """
-    names = [choice] if choice is not None else resume.names(tier)
+    names = [choice] if choice is not None else catalog.names(tier)
     if not names:
         raise ConfigError(f"{tier.url} holds no checkpoint yet: nothing was restored")
     reasons = []
@@ -68,7 +68,7 @@ def choose(tier: Tier, *, checkpoint: str | None, step: int | None) -> Checkpoin
         return None
     if checkpoint is not None and step is not None:
         raise ConfigError("--checkpoint and --step exclude each other: give one of them")
-    names = resume.names(tier)
+    names = catalog.names(tier)
     for name in names:  # newest first: of two lives that both came to this step, the later one counts
         if str(name) == checkpoint or name.step == step:
             return name
@@ -93,7 +93,7 @@ def how_to_load(restored: RestoredNative) -> str:
 
 def _manifest(tier: Tier, name: CheckpointName) -> Manifest:
     try:
-        return resume.read_manifest(tier, name)
+        return catalog.read_manifest(tier, name)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"manifest {name} vanished from {tier.url}") from error
 

@@ -14,7 +14,7 @@ from spot_core.agent.process import HEARTBEAT_S
 from spot_core.errors import ConfigError, CorruptCheckpointError, NewerFormatError, SpotError
 from spot_core.report.places import StoredRun, in_parallel
 from spot_core.report.units import ago, duration
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.tier import Tier
 
@@ -82,15 +82,15 @@ class LifeView:
 
 def checkpoints(tier: Tier, *, now: float) -> list[CheckpointView]:
     """Every committed checkpoint, newest first."""
-    ended = resume.completions(tier)
-    views = in_parallel(lambda name: checkpoint(tier, name, name in ended, now=now), resume.names(tier))
+    ended = catalog.completions(tier)
+    views = in_parallel(lambda name: checkpoint(tier, name, name in ended, now=now), catalog.names(tier))
     return [view for view in views if view is not None]
 
 
 def checkpoint(tier: Tier, name: CheckpointName, is_complete: bool, *, now: float) -> CheckpointView | None:
     """One checkpoint of a tier, None if it is not committed there."""
     try:
-        manifest = resume.read_manifest(tier, name)
+        manifest = catalog.read_manifest(tier, name)
     except FileNotFoundError:
         return None  # pruned since it was listed
     except CorruptCheckpointError as error:

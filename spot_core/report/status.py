@@ -23,7 +23,7 @@ from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.report import places, runs
 from spot_core.report.places import StoredRun
 from spot_core.report.runs import CheckpointView, LifeView
-from spot_core.store import identity, incarnation, layout, resume
+from spot_core.store import catalog, identity, incarnation, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
@@ -178,7 +178,7 @@ def local_run(folder: Path, name: str, signing: Signing) -> tuple[PosixTier, dic
 
 def _last_known_durable(tier: PosixTier, overflow: Overflow, *, now: float) -> list[CheckpointView]:
     """What the newest agent that knew of any knew to be on the remote, newest first; details where a copy is here."""
-    ended = resume.completions(tier)
+    ended = catalog.completions(tier)
     for number in range(incarnation.newest(tier), 0, -1):
         status = Journal(tier.root, number, overflow).read_status()
         found = filter(None, map(CheckpointName.parse, status.durable)) if status is not None else ()
@@ -198,7 +198,7 @@ def _local(tier: PosixTier, overflow: Overflow, newest: CheckpointView | None) -
     durable = CheckpointName.parse(newest.name) if newest else None
     memory = overflow.tier
     over = set(overflow.names())
-    here = sorted({*resume.names(tier), *over}, reverse=True)
+    here = sorted({*catalog.names(tier), *over}, reverse=True)
     undrained = [name for name in here if durable is None or name > durable]
     number = incarnation.newest(tier)
     journal = Journal(tier.root, number, overflow)
@@ -252,6 +252,6 @@ def _is_agent(pid: int) -> bool:
 
 def _size_bytes(tier: PosixTier, name: CheckpointName) -> int:
     try:
-        return resume.read_manifest(tier, name).total_bytes
+        return catalog.read_manifest(tier, name).total_bytes
     except (FileNotFoundError, CorruptCheckpointError):
         return 0

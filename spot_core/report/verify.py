@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spot_core.errors import CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
 from spot_core.report.places import StoredRun
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.resume import OnProgress
@@ -54,7 +54,7 @@ def verify_run(run: StoredRun, on_progress: OnProgress) -> VerifiedRun:
     tier = run.tier
     if run.error is not None:
         return VerifiedRun(run=run.name, url=tier.url, error=run.error)
-    plan = [(name, _manifest(tier, name)) for name in resume.names(tier)]
+    plan = [(name, _manifest(tier, name)) for name in catalog.names(tier)]
     total = sum(manifest.total_bytes for _, manifest in plan if isinstance(manifest, Manifest))
     done = 0
 
@@ -82,7 +82,7 @@ def verify_run(run: StoredRun, on_progress: OnProgress) -> VerifiedRun:
 def _manifest(tier: Tier, name: CheckpointName) -> Manifest | VerifiedCheckpoint | None:
     """The manifest, what is wrong with it, or None if it was pruned since it was listed."""
     try:
-        return resume.read_manifest(tier, name)
+        return catalog.read_manifest(tier, name)
     except FileNotFoundError:
         return None
     except CorruptCheckpointError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from spot_core.errors import TierError
-from spot_core.store import layout, memory, resume, volume
+from spot_core.store import catalog, layout, memory, volume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import UNSIGNED, Signing
@@ -75,7 +75,7 @@ class Overflow:
     def names(self) -> list[CheckpointName]:
         """What is committed there, newest first."""
         tier = self.tier
-        return resume.names(tier) if tier is not None else []
+        return catalog.names(tier) if tier is not None else []
 
     def make(self) -> PosixTier:
         """The folder, made if need be. Raises TierError."""
@@ -116,7 +116,7 @@ class Overflow:
     def clear(self, *, but: Collection[CheckpointName]) -> None:
         """Delete the checkpoints that are no longer needed there; `but` stay. Not while another agent holds it."""
         tier = self.tier
-        doomed = [name for name in resume.names(tier) if name not in but] if tier is not None else []
+        doomed = [name for name in catalog.names(tier) if name not in but] if tier is not None else []
         if tier is None or not doomed:
             return
         with self._alone() as is_alone:

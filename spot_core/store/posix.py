@@ -68,12 +68,13 @@ class PosixTier:
 
     # -- the Tier protocol ---------------------------------------------------------------------------------
 
-    def list(self, folder: str) -> list[str]:
+    def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
         with _translated(f"list {self.path(folder)}"):
             try:
-                return sorted(entry for entry in os.listdir(self.path(folder)) if not entry.startswith(".tmp-"))
+                found = os.listdir(self.path(folder))
             except FileNotFoundError:
                 return []
+            return sorted(entry for entry in found if entry > after and not entry.startswith(".tmp-"))[:most]
 
     def read(self, path: str) -> bytes:
         with _translated(f"read {self.path(path)}"):

@@ -100,10 +100,12 @@ class FsspecTier:
     def _write(self, path: str, data: bytes, mode: str) -> None:
         (self._folders.write if self._folders else self._fs.pipe_file)(self._path(path), data, mode=mode)
 
-    def list(self, folder: str) -> list[str]:
+    def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
         def ls() -> list[str]:
-            self._fs.invalidate_cache(self._path(folder))
             try:
+                if self._s3:
+                    return self._s3.entries(folder, after, most)
+                self._fs.invalidate_cache(self._path(folder))
                 return [str(entry) for entry in self._fs.ls(self._path(folder), detail=False)]
             except FileNotFoundError as error:
                 if s3.code_of(error) is None:
@@ -113,7 +115,8 @@ class FsspecTier:
                 raise TierDeniedError(f"cannot list {self.url}/{folder}: {s3.reason(error)}") from error
 
         found = sorted(entry.rstrip("/").rpartition("/")[2] for entry in self._do("list", folder, ls))
-        return [entry for entry in found if not (self._folders and entry.startswith(folders.TEMPORARY))]
+        ours = (entry for entry in found if not (self._folders and entry.startswith(folders.TEMPORARY)))
+        return [entry for entry in ours if entry > after][:most]
 
     def read(self, path: str) -> bytes:
         data = self._do("read", path, lambda: self._head(path))

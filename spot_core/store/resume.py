@@ -7,17 +7,16 @@ committed on the local tier.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spot_core.errors import CommitUnknownError, CorruptCheckpointError, NewerFormatError, TierDeniedError, TierError
-from spot_core.store import layout
+from spot_core.store import catalog, layout
+from spot_core.store.catalog import Recent
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord, Manifest
 from spot_core.store.posix import PosixTier
@@ -39,70 +38,6 @@ class Restored:
 
     manifest: Manifest
     source: str
-
-
-def names(tier: Tier) -> list[CheckpointName]:
-    """Every committed checkpoint of a tier, newest first: one LIST."""
-    found = map(layout.committed, tier.list(layout.MANIFESTS))
-    return sorted((name for name in found if name is not None), reverse=True)
-
-
-def completions(tier: Tier) -> dict[CheckpointName, int | None]:
-    """Checkpoints at which training ended, with the number of steps it was to last.
-
-    A record that cannot be read, or is not signed with the tier's keys, is left out with a line in the log.
-    """
-    found: dict[CheckpointName, int | None] = {}
-    for entry in tier.list(layout.MANIFESTS):
-        name = layout.completed(entry)
-        if name is not None:
-            try:
-                data = tier.read(layout.completion(name))
-                tier.signing.check(layout.completion(name), data, tier.url)
-                found[name] = _max_steps(json.loads(data))
-            except (ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
-                logger.warning("%s/%s is not readable and is ignored: %.300r", layout.MANIFESTS, entry, error)
-            except CorruptCheckpointError as error:
-                logger.warning("%s/%s does not count as the end of training: %s", layout.MANIFESTS, entry, error)
-    return found
-
-
-def mark_complete(tier: Tier, name: CheckpointName, max_steps: int | None) -> None:
-    """Record that training ended at a committed checkpoint."""
-    path = layout.completion(name)
-    tier.create(path, tier.signing.signed(path, (json.dumps({"max_steps": max_steps}) + "\n").encode()))
-
-
-def _max_steps(body: dict[str, Any]) -> int | None:
-    steps = body.get("max_steps")
-    if steps is not None and type(steps) is not int:
-        raise TypeError(f"max_steps is {steps!r}")
-    return steps
-
-
-def read_manifest(tier: Tier, name: CheckpointName) -> Manifest:
-    """Raises FileNotFoundError, or CorruptCheckpointError: damaged, or not signed with the tier's keys."""
-    data = tier.read(layout.manifest(name))
-    tier.signing.check(layout.manifest(name), data, tier.url)
-    return Manifest.from_json(data, name=name)
-
-
-def sound_names(tier: Tier) -> list[CheckpointName]:
-    """As `names`, without those whose manifest is damaged or a stranger's, each told: they make nothing durable."""
-
-    def is_sound(name: CheckpointName) -> bool:
-        try:
-            read_manifest(tier, name)
-        except FileNotFoundError:
-            return False
-        except CorruptCheckpointError as error:
-            logger.warning("checkpoint %s does not count as durable: %s", name, error)
-            return False
-        return True
-
-    found = names(tier)
-    with ThreadPoolExecutor(8) as pool:
-        return [name for name, sound in zip(found, pool.map(is_sound, found), strict=True) if sound]
 
 
 def verify(tier: Tier, manifest: Manifest) -> None:
@@ -147,10 +82,12 @@ def newest_valid(
     *,
     overflow: PosixTier | None = None,
     find_room: FindRoom | None = None,
+    recent: Recent | None = None,
 ) -> Restored | None:
     """The newest checkpoint of any tier that verifies, now on the local tier; None if there is none at all.
 
     overflow: what a full disk left in memory; a checkpoint may stay there. find_room: the local tier by default.
+    recent: what the remote was just seen to hold; it is listed if that is not given, or nothing of it is valid.
     The agent of the life before may still commit and prune: what it superseded after it was listed is no damage.
     Raises CorruptCheckpointError if checkpoints exist but none is valid, TierError if a tier cannot be read: a
     fresh start follows only a successful empty listing.
@@ -158,10 +95,12 @@ def newest_valid(
     tried: set[CheckpointName] = set()
     reasons: list[str] = []
     for _ in range(_MOST_LISTINGS):
-        here, there = set(names(local)), set(names(remote))
-        over = set(names(overflow)) if overflow is not None else set()
-        untried = (here | there | over) - tried
-        if not untried:
+        recent, listed = None, recent or Recent(catalog.names(remote))
+        here, there = set(catalog.names(local)), set(listed.names)
+        over = set(catalog.names(overflow)) if overflow is not None else set()
+        # Of older ones it is not known here what the remote holds between them.
+        untried = {name for name in (here | there | over) - tried if listed.since is None or name >= listed.since}
+        if not untried and listed.since is None:
             break
         tried |= untried
         for name in sorted(untried, reverse=True):
@@ -208,7 +147,7 @@ def fetch(
     for tier, source in ((local if here else None, "local"), (overflow, "overflow")):
         try:
             if tier is not None:
-                manifest = read_manifest(tier, name)
+                manifest = catalog.read_manifest(tier, name)
                 verify(tier, manifest)
                 _clear_of_strangers(tier, manifest)
                 if problem is not None:
@@ -223,13 +162,13 @@ def fetch(
             raise problem
         raise CorruptCheckpointError(str(problem or f"checkpoint {name} is on neither tier")) from problem
     try:
-        manifest = read_manifest(remote, name)
+        manifest = catalog.read_manifest(remote, name)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"manifest {name} vanished from {remote.url}") from error
     check_sizes(remote, manifest)  # before room is made for what may be damage
     target = local if find_room is None else find_room(manifest)
     _download(manifest, target, remote, on_progress)
-    if target is not local and name in names(local):
+    if target is not local and name in catalog.names(local):
         local.set_aside(name)
     elif overflow is not None and target is not overflow:
         overflow.delete([layout.manifest(name), layout.checkpoint(name)])  # memory is no place for what is damaged
@@ -307,7 +246,7 @@ def _download(manifest: Manifest, target: PosixTier, remote: Tier, on_progress: 
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    if manifest.name in names(target):
+    if manifest.name in catalog.names(target):
         target.set_aside(manifest.name)
     target.commit(staged, manifest)
 

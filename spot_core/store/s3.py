@@ -37,6 +37,8 @@ _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRef
 # Of single names in the answer to a deletion of many, of which one request takes so many.
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidObjectState"}
 _KEYS_AT_ONCE = 1000
+# Names that S3 gives in one answer to a listing.
+PAGE_KEYS = 1000
 # Stored at once, but read hours later: nothing could be read back, and nothing resumed.
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 _UNKNOWN_CHECKSUM = {"InvalidArgument", "InvalidRequest", "NotImplemented"}
@@ -166,6 +168,27 @@ class S3:
             if code_of(error) in _EXPIRED:
                 raise PermissionError(f"the credentials have expired, also when looked up again: {error}") from error
             raise
+
+    def entries(self, folder: str, after: str, most: int | None) -> list[str]:
+        """What is directly in `folder`, in pages; once there are `most` no further page is asked for.
+
+        after: the store is asked for what comes after that name; some give all the same.
+        """
+        root = self._key(folder).rstrip("/")
+        prefix = f"{root}/" if root else ""
+        asked: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix, "Delimiter": "/"}
+        if after:
+            asked["StartAfter"] = f"{prefix}{after}"
+        if most is not None:
+            asked["MaxKeys"] = min(most, PAGE_KEYS)
+        found: list[str] = []
+        while True:
+            page = self._fs.call_s3("list_objects_v2", **asked)
+            found += [each["Key"] for each in page.get("Contents", []) if each["Key"] != prefix]
+            found += [each["Prefix"] for each in page.get("CommonPrefixes", [])]
+            if not page.get("IsTruncated") or (most is not None and len(found) >= most):
+                return found
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (without it) of a file."""

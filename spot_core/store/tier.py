@@ -46,8 +46,11 @@ class Tier(Protocol):
     url: str
     signing: Signing
 
-    def list(self, folder: str) -> list[str]:
-        """Names of the entries directly in `folder`; empty if there is none. Never answers from a cache."""
+    def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
+        """Names of the entries directly in `folder`, in order; empty if there is none. Never answers from a cache.
+
+        after, most: only those that come after this one, and so many of them at most.
+        """
 
     def read(self, path: str) -> bytes:
         """The whole content of a record. Raises FileNotFoundError, CorruptCheckpointError above RECORD_BYTES."""

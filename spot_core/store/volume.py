@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spot_core.errors import CorruptCheckpointError, NewerFormatError, TierError
-from spot_core.store import layout, resume, retention
+from spot_core.store import catalog, layout, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 
@@ -135,11 +135,11 @@ def _expendable(
     tier: PosixTier, durable: Collection[CheckpointName], pinned: Collection[CheckpointName]
 ) -> Iterator[CheckpointName]:
     """Local commits that may go, oldest first."""
-    here = resume.names(tier)
+    here = catalog.names(tier)
     kept = set(pinned)
     for name in here:
         try:
-            pin = resume.read_manifest(tier, name).pins
+            pin = catalog.read_manifest(tier, name).pins
             kept.update([pin] if pin is not None else [])
         except NewerFormatError:
             kept.add(name)  # for a newer release to delete
@@ -159,7 +159,7 @@ def _delete_damaged(
         if name in durable:
             tier.delete([f"{layout.DAMAGED}/{entry}"])
             return name
-    if replaced in durable and replaced in resume.names(tier):
+    if replaced in durable and replaced in catalog.names(tier):
         retention.delete_checkpoints(tier, [replaced])
         return replaced
     return None

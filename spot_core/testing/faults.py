@@ -124,8 +124,8 @@ class FaultyTier:
         self._inner, self._plan, self._name = inner, plan, name
         self.url, self.signing = inner.url, inner.signing
 
-    def list(self, folder: str) -> list[str]:
-        return self._plan.run(self._name, "list", folder, lambda: self._inner.list(folder))
+    def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
+        return self._plan.run(self._name, "list", folder, lambda: self._inner.list(folder, after=after, most=most))
 
     def read(self, path: str) -> bytes:
         return self._plan.run(self._name, "read", path, lambda: self._inner.read(path))
@@ -167,8 +167,9 @@ class FaultyPosixTier(PosixTier):
         super().__init__(root)
         self._plan, self._name = plan, name
 
-    def list(self, folder: str) -> list[str]:
-        return self._plan.run(self._name, "list", folder, lambda: PosixTier.list(self, folder))
+    def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
+        action = partial(PosixTier.list, self, folder, after=after, most=most)
+        return self._plan.run(self._name, "list", folder, action)
 
     def read(self, path: str) -> bytes:
         return self._plan.run(self._name, "read", path, lambda: PosixTier.read(self, path))

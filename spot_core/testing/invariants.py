@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -43,11 +43,11 @@ def assert_run_invariants(
     """
     here, there = _verified(local, damaged), _verified(remote, damaged)
     claimed = incarnation.newest(remote)
-    for name in {*resume.names(local), *resume.names(remote)}:
+    for name in {*catalog.names(local), *catalog.names(remote)}:
         assert name.incarnation <= claimed, f"{name} is committed, but the newest claim is {claimed}"
     for name in here.keys() & there.keys():
         assert here[name] == there[name], f"{name} differs between {local.url} and {remote.url}"
-    stored = resume.names(remote)
+    stored = catalog.names(remote)
     for name in stored[:keep_remote]:
         pin = there[name].pins if name in there else None
         assert pin is None or pin in stored, f"{name} pins {pin}, which is not in {remote.url}"
@@ -70,7 +70,7 @@ def assert_resumes(local: PosixTier, remote: Tier, expected: CheckpointName | No
         found = restored.manifest.name if restored is not None else None
         assert found == expected, f"a resume finds {found}, it should find {expected}"
         if found is not None:
-            resume.verify(trial, resume.read_manifest(trial, found))
+            resume.verify(trial, catalog.read_manifest(trial, found))
 
 
 def assert_within_limits(
@@ -82,7 +82,7 @@ def assert_within_limits(
     keep_every: int | None = None,
 ) -> None:
     """Nothing is left that retention should have deleted. Holds after an upload, once nothing waits to be drained."""
-    here, there = resume.names(local), resume.names(remote)
+    here, there = catalog.names(local), catalog.names(remote)
     newest = {*here[:keep_local], *there[:keep_remote]}
     pinned = _pins(local, newest) | _pins(remote, newest)
     milestones = retention.milestones({*here, *there}, every=keep_every)
@@ -94,28 +94,28 @@ def assert_within_limits(
 
 def assert_swept(tier: Tier, *, before_incarnation: int) -> None:
     """No life older than `before_incarnation` has left anything that is not part of a committed checkpoint."""
-    committed = set(resume.names(tier))
+    committed = set(catalog.names(tier))
     for folder in (layout.CHECKPOINTS, layout.STAGING):
         for name in filter(None, map(CheckpointName.parse, tier.list(folder))):
             is_leftover = folder == layout.STAGING or name not in committed
             assert not is_leftover or name.incarnation >= before_incarnation, f"{tier.url}/{folder}/{name} is left over"
-    for name in resume.completions(tier):
+    for name in catalog.completions(tier):
         is_young = name.incarnation >= before_incarnation
         assert name in committed or is_young, f"{tier.url} says that training ended at {name}, which is gone"
 
 
 def _verified(tier: Tier, damaged: Collection[Copy]) -> dict[CheckpointName, Manifest]:
     found = {}
-    for name in resume.names(tier):
+    for name in catalog.names(tier):
         if (tier.url, name) not in damaged:
-            manifest = resume.read_manifest(tier, name)
+            manifest = catalog.read_manifest(tier, name)
             resume.verify(tier, manifest)
             found[name] = manifest
     return found
 
 
 def _pins(tier: Tier, names: Collection[CheckpointName]) -> set[CheckpointName]:
-    pins = (resume.read_manifest(tier, name).pins for name in resume.names(tier) if name in names)
+    pins = (catalog.read_manifest(tier, name).pins for name in catalog.names(tier) if name in names)
     return {pin for pin in pins if pin is not None}
 
 
@@ -123,7 +123,7 @@ def _assert_same_records(local: Tier, remote: Tier) -> None:
     records = [f"{layout.INCARNATIONS}/{entry}" for entry in local.list(layout.INCARNATIONS)]
     for path in [layout.RUN, *records] if layout.RUN in local.list("") else records:
         assert local.read(path) == remote.read(path), f"{path} differs between {local.url} and {remote.url}"
-    ended, there = resume.completions(local), resume.completions(remote)
+    ended, there = catalog.completions(local), catalog.completions(remote)
     for tier, found in ((local, ended), (remote, there)):
         entries = [entry for entry in tier.list(layout.MANIFESTS) if layout.completed(entry) is not None]
         assert len(found) == len(entries), f"a completion record in {tier.url} cannot be read"

@@ -134,6 +134,16 @@ class TierContract:
             tier.create(path, b"content")
         assert tier.list("checkpoints") == ["a", "b"]
 
+    def test_a_listing_can_begin_after_a_name_and_end_early(self, tier: Tier) -> None:
+        for path in ("manifests/a.json", "manifests/b.complete.json", "manifests/b.json", "manifests/c/d"):
+            tier.create(path, b"content")
+        whole = ["a.json", "b.complete.json", "b.json", "c"]
+        for nth, name in enumerate(whole, 1):
+            assert tier.list("manifests", after=name) == whole[nth:]
+            assert tier.list("manifests", most=nth) == whole[:nth]
+        assert tier.list("manifests", after="b", most=2) == ["b.complete.json", "b.json"]
+        assert tier.list("manifests", after="d") == tier.list("nowhere", after="a", most=1) == []
+
     def test_another_writers_entries_are_seen_at_once(self, tier: Tier, other: Tier) -> None:
         for step in range(3):
             assert len(tier.list("manifests")) == step

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.layout import CheckpointName
 from spot_core.store.remote import FsspecTier
 from spot_core.testing.invariants import assert_run_invariants
@@ -41,8 +41,8 @@ def test_an_upload_is_set_aside_only_where_that_rescues_a_newer_one(
     for name in (SECOND, THIRD):
         trainer.do("commit", name.step, FILE_BYTES, FILES)
     notice.write_text(json.dumps({"in_s": lead_s}))
-    eventually(lambda: THIRD in resume.names(remote), "the newest is there in the end")
-    assert resume.names(remote) == durable
+    eventually(lambda: THIRD in catalog.names(remote), "the newest is there in the end")
+    assert catalog.names(remote) == durable
     trainer.kill()
     wait_for_end(trainer)
     assert [upload["Key"] for upload in remote._fs.list_multipart_uploads(remote.url.split("/")[2])] == []

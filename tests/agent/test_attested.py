@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import CorruptCheckpointError
-from spot_core.store import resume
+from spot_core.store import catalog, resume
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.store.s3_files import PART_BYTES
@@ -132,6 +132,6 @@ def test_what_changed_on_the_way_is_not_committed_and_the_next_attempt_is(
     )
     with pytest.raises(CorruptCheckpointError, match="digest of its manifest"):
         drain.step(lambda *_: None)
-    assert resume.names(remote) == [ONE]
+    assert catalog.names(remote) == [ONE]
     assert drain_all(drain) == [TWO]
-    resume.verify(remote, resume.read_manifest(remote, TWO))
+    resume.verify(remote, catalog.read_manifest(remote, TWO))

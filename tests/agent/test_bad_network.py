@@ -12,7 +12,7 @@ import pytest
 from spot_core.agent import opening
 from spot_core.agent.opening import Opened
 from spot_core.errors import TierError
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -65,7 +65,7 @@ def test_a_fifth_of_all_requests_failing_costs_nothing_but_time(
     assert len(proxy.fired) > 10
     there = plain(distant, s3_server)
     for name in (ONE, TWO):
-        resume.verify(there, resume.read_manifest(there, name))
+        resume.verify(there, catalog.read_manifest(there, name))
     assert read_run(there) == read_run(local)
 
 
@@ -82,7 +82,7 @@ def test_a_lost_reply_to_the_manifest_neither_repeats_the_upload_nor_conflicts(
     assert drain_all(make_drain(local, distant)) == [ONE]
     assert len(proxy.fired) == 2
     puts = [request.path for request in proxy.seen if request.method == "PUT" and request.is_data]
-    assert len(puts) == len(set(puts)) == len(resume.read_manifest(local, ONE).files)
+    assert len(puts) == len(set(puts)) == len(catalog.read_manifest(local, ONE).files)
     assert_restored_elsewhere(plain(distant, s3_server), tmp_path, ONE)
 
 

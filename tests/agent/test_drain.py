@@ -11,8 +11,8 @@ import pytest
 
 from spot_core.errors import CommitConflictError, CorruptCheckpointError, TierError
 from spot_core.report import places, repair
+from spot_core.store import catalog, incarnation, layout, retention
 from spot_core.store import identity as identities
-from spot_core.store import incarnation, layout, resume, retention
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord
@@ -37,7 +37,7 @@ def test_the_newest_is_drained_first(local: PosixTier, remote: PosixTier) -> Non
     for name in (ONE, TWO, THREE):
         commit_checkpoint(local, name)
     assert drain_all(make_drain(local, remote, keep_local=3, keep_remote=3)) == [THREE, TWO, ONE]
-    assert resume.names(remote) == [THREE, TWO, ONE]
+    assert catalog.names(remote) == [THREE, TWO, ONE]
     assert_run_invariants(local, remote, durable=THREE)
 
 
@@ -48,7 +48,7 @@ def test_what_a_newer_one_made_worthless_is_not_uploaded(local: PosixTier, remot
     assert drain_all(make_drain(local, FaultyTier(remote, plan), keep_remote=2)) == [FOUR, THREE]
     uploads = [line for line in plan.operations if "upload" in line]
     assert uploads and not [line for line in uploads if str(ONE) in line or str(TWO) in line]
-    assert resume.names(local) == resume.names(remote) == [FOUR, THREE]
+    assert catalog.names(local) == catalog.names(remote) == [FOUR, THREE]
 
 
 def test_what_is_on_the_remote_already_is_not_uploaded_again(local: PosixTier, remote: PosixTier) -> None:
@@ -81,17 +81,17 @@ def test_the_end_of_training_is_drained_with_its_checkpoint(local: PosixTier, re
     drain = make_drain(local, remote)
     commit_checkpoint(local, ONE)
     drain_all(drain)
-    assert resume.completions(remote) == {}
+    assert catalog.completions(remote) == {}
     commit_checkpoint(local, TWO)
-    resume.mark_complete(local, TWO, 20)
+    catalog.mark_complete(local, TWO, 20)
     drain_all(drain)
-    assert resume.completions(remote) == {TWO: 20}
+    assert catalog.completions(remote) == {TWO: 20}
     assert_run_invariants(local, remote, durable=TWO)
 
 
 def test_the_end_of_training_is_not_told_before_its_checkpoint_is_durable(local: PosixTier, remote: PosixTier) -> None:
     commit_checkpoint(local, ONE)
-    resume.mark_complete(local, ONE, 10)
+    catalog.mark_complete(local, ONE, 10)
     plan = FaultPlan()
     drain_all(make_drain(local, FaultyTier(remote, plan)))
     created = [line for line in plan.operations if "create" in line]
@@ -106,7 +106,7 @@ def test_the_pinned_one_is_durable_before_the_one_that_pins_it(local: PosixTier,
     commit_checkpoint(local, TWO)
     commit_checkpoint(local, THREE, pins=ONE)
     assert drain_all(make_drain(local, remote, keep_remote=1)) == [ONE, THREE]
-    assert resume.names(remote) == [THREE, ONE]
+    assert catalog.names(remote) == [THREE, ONE]
     assert_run_invariants(local, remote, durable=THREE)
 
 
@@ -117,11 +117,11 @@ def test_the_pinned_one_survives_while_it_is_pinned(local: PosixTier, remote: Po
     for step in (50, 60, 70):
         commit_checkpoint(local, CheckpointName(1, step), pins=ONE)
         drain_all(drain)
-        assert resume.names(local) == resume.names(remote) == [CheckpointName(1, step), ONE]
+        assert catalog.names(local) == catalog.names(remote) == [CheckpointName(1, step), ONE]
         assert_run_invariants(local, remote, durable=CheckpointName(1, step))
     commit_checkpoint(local, CheckpointName(1, 80), pins=CheckpointName(1, 70))
     drain_all(drain)
-    assert resume.names(local) == resume.names(remote) == [CheckpointName(1, 80), CheckpointName(1, 70)]
+    assert catalog.names(local) == catalog.names(remote) == [CheckpointName(1, 80), CheckpointName(1, 70)]
 
 
 def test_what_a_commit_that_still_waits_pins_is_not_deleted_meanwhile(local: PosixTier, remote: PosixTier) -> None:
@@ -131,11 +131,11 @@ def test_what_a_commit_that_still_waits_pins_is_not_deleted_meanwhile(local: Pos
     commit_checkpoint(local, TWO)
 
     def commit_another(name: CheckpointName, done: int, total: int) -> None:
-        if done == total and THREE not in resume.names(local):
+        if done == total and THREE not in catalog.names(local):
             commit_checkpoint(local, THREE, pins=ONE)
 
     drain.step(commit_another)
-    assert ONE in resume.names(local) and ONE in resume.names(remote)
+    assert ONE in catalog.names(local) and ONE in catalog.names(remote)
     assert drain_all(drain) == [THREE]
     assert_run_invariants(local, remote, durable=THREE)
 
@@ -148,15 +148,15 @@ def test_every_commit_that_still_waits_keeps_what_it_pins(local: PosixTier, remo
     commit_checkpoint(local, TWO)
 
     def commit_others(name: CheckpointName, done: int, total: int) -> None:
-        if done == total and FOUR not in resume.names(local):
+        if done == total and FOUR not in catalog.names(local):
             commit_checkpoint(local, THREE, pins=ONE)
             commit_checkpoint(local, FOUR)
 
     drain.step(commit_others)
-    assert ONE in resume.names(local)
+    assert ONE in catalog.names(local)
     local.delete([layout.checkpoint(FOUR)])
     assert drain_all(drain) == [THREE]
-    assert ONE in resume.names(remote)
+    assert ONE in catalog.names(remote)
     assert remote.list(layout.CHECKPOINTS) == [str(ONE), str(THREE)]
 
 
@@ -170,8 +170,8 @@ def test_a_backlog_keeps_what_it_pins(local: PosixTier, remote: PosixTier) -> No
     commit_checkpoint(local, FOUR)
     uploaded: set[CheckpointName] = set()
     while drain.step(lambda name, *_: uploaded.add(name)) is not None:
-        assert ONE in resume.names(remote)
-    assert resume.names(remote) == [FOUR, THREE, ONE]
+        assert ONE in catalog.names(remote)
+    assert catalog.names(remote) == [FOUR, THREE, ONE]
     assert uploaded == {THREE, FOUR}, "what was pinned had to be uploaded again"
 
 
@@ -189,10 +189,10 @@ def test_what_an_older_kept_one_pins_stays_on_the_remote_while_newer_ones_wait(
     commit_checkpoint(local, CheckpointName(1, 70), pins=CheckpointName(1, 50))
     while (result := drain.step(lambda *_: None)) is not None:
         assert_run_invariants(local, remote, durable=result[0])
-        newest_two = resume.names(remote)[:2]
+        newest_two = catalog.names(remote)[:2]
         for name in newest_two:
-            pin = resume.read_manifest(remote, name).pins
-            assert pin is None or pin in resume.names(remote), f"{name} lost {pin}"
+            pin = catalog.read_manifest(remote, name).pins
+            assert pin is None or pin in catalog.names(remote), f"{name} lost {pin}"
 
 
 def test_what_a_waiting_milestone_pins_stays_here_until_both_are_there(local: PosixTier, remote: PosixTier) -> None:
@@ -204,10 +204,10 @@ def test_what_a_waiting_milestone_pins_stays_here_until_both_are_there(local: Po
     commit_checkpoint(local, TWO, pins=ONE)
     commit_checkpoint(local, FOUR)
     assert drain.step(lambda *_: None) is not None
-    assert resume.names(local) == [FOUR, TWO, ONE]
+    assert catalog.names(local) == [FOUR, TWO, ONE]
     retention.delete_checkpoints(remote, [ONE])
     drain_all(make_drain(local, remote, **keeps))
-    assert resume.names(remote) == [FOUR, TWO, ONE]
+    assert catalog.names(remote) == [FOUR, TWO, ONE]
 
 
 # -- what may be deleted ---------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def test_while_the_remote_fails_nothing_is_deleted_anywhere(local: PosixTier, re
         commit_checkpoint(local, name)
         with pytest.raises(TierError):
             drain_all(drain, patience=3)
-    assert resume.names(local) == [FOUR, THREE, TWO, ONE]
-    assert resume.names(remote) == [ONE]
+    assert catalog.names(local) == [FOUR, THREE, TWO, ONE]
+    assert catalog.names(remote) == [ONE]
     assert_run_invariants(local, remote, durable=ONE)
 
 
@@ -252,11 +252,11 @@ def test_a_damaged_local_checkpoint_is_not_uploaded_and_is_told_once(
     assert drain_all(drain) == []
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1 and str(TWO) in errors[0]
-    assert resume.names(remote) == [ONE]
-    assert ONE in resume.names(local)
+    assert catalog.names(remote) == [ONE]
+    assert ONE in catalog.names(local)
     commit_checkpoint(local, THREE)
     assert drain_all(drain) == [THREE]
-    assert resume.names(remote) == resume.names(local) == [THREE]
+    assert catalog.names(remote) == catalog.names(local) == [THREE]
 
 
 def test_bytes_that_change_on_the_way_are_not_committed(local: PosixTier, remote: PosixTier) -> None:
@@ -276,7 +276,7 @@ def test_bytes_that_change_on_the_way_are_not_committed(local: PosixTier, remote
     drain = make_drain(local, broken)
     with pytest.raises(CorruptCheckpointError):
         drain.step(lambda *_: None)
-    assert resume.names(remote) == []
+    assert catalog.names(remote) == []
     broken.is_broken = False
     assert drain_all(drain) == [ONE]
     assert_run_invariants(local, remote, durable=ONE)
@@ -364,6 +364,6 @@ def _live_a_full_life(local: PosixTier, remote: Tier) -> None:
         tier.create(f"{layout.checkpoint(FOUR)}/orphan", b"without a manifest")
     number = incarnation.claim(local, remote, 0.0)
     for tier in (local, remote):
-        retention.sweep_orphans(tier, resume.names(tier), before_incarnation=number)
+        retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=number)
         assert tier.list(layout.CHECKPOINTS) == [str(THREE)]
     assert_run_invariants(local, remote, durable=THREE)

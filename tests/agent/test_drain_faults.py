@@ -11,7 +11,7 @@ import pytest
 
 from spot_core.agent.drain import Drain
 from spot_core.errors import TierError
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -28,7 +28,7 @@ def test_a_remote_that_is_down_from_the_start_is_drained_to_when_it_returns(
     commit_checkpoint(local, ONE)
     with pytest.raises(TierError):
         drain_all(drain, patience=5)
-    assert resume.names(remote) == [] and len(plan.fired) > 5
+    assert catalog.names(remote) == [] and len(plan.fired) > 5
     plan.repair()
     assert drain_all(drain) == [ONE]
     assert_run_invariants(local, remote, durable=ONE)
@@ -41,7 +41,7 @@ def test_a_lost_reply_to_the_manifest_does_not_upload_again(local: PosixTier, re
     with pytest.raises(TierError):
         drain.step(lambda *_: None)
     assert plan.fired == [f"after remote.create {layout.manifest(ONE)}"]
-    assert resume.names(remote) == [ONE]  # committed: from here on its files must not be written
+    assert catalog.names(remote) == [ONE]  # committed: from here on its files must not be written
     assert drain_all(drain) == [ONE]
     assert sum("upload" in line for line in plan.operations) == len(manifest.files)
     assert_run_invariants(local, remote, durable=ONE)
@@ -65,7 +65,7 @@ class History:
         commit_checkpoint(local, TWO)
         commit_checkpoint(local, THREE)
         commit_checkpoint(local, FOUR, pins=TWO)
-        resume.mark_complete(local, FOUR, 40)
+        catalog.mark_complete(local, FOUR, 40)
 
     def _tiers(self, name: str) -> tuple[PosixTier, PosixTier]:
         return PosixTier(self.folder / name / "local"), PosixTier(self.folder / name / "remote")
@@ -111,9 +111,9 @@ def drain_into_crash(drain: Drain) -> CheckpointName:
 
 
 def assert_drained(local: PosixTier, remote: PosixTier) -> None:
-    assert resume.names(remote) == [FOUR, TWO]
-    assert resume.completions(remote) == {FOUR: 40}
-    assert FOUR in resume.names(local)
+    assert catalog.names(remote) == [FOUR, TWO]
+    assert catalog.completions(remote) == {FOUR: 40}
+    assert FOUR in catalog.names(local)
     assert_run_invariants(local, remote, durable=FOUR)
 
 
@@ -143,19 +143,19 @@ def test_a_crash_at_any_operation_loses_nothing_and_the_next_life_finishes(histo
         assert len(plan.fired) == 1
 
         assert_run_invariants(local, remote, durable=durable)
-        assert FOUR in resume.names(local), plan.fired
+        assert FOUR in catalog.names(local), plan.fired
 
         number = incarnation.claim(local, remote, 0.0)
         for tier in (local, remote):
-            retention.sweep_orphans(tier, resume.names(tier), before_incarnation=number)
-            committed = {str(name) for name in resume.names(tier)}
+            retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=number)
+            committed = {str(name) for name in catalog.names(tier)}
             assert set(tier.list(layout.CHECKPOINTS)) == committed, plan.fired
         assert_run_invariants(local, remote, durable=durable)
 
         drain_all(Drain(local, remote, incarnation=number, keep_local=1, keep_remote=1))
         assert_run_invariants(local, remote, durable=FOUR)
-        assert {FOUR, TWO} <= set(resume.names(remote)), plan.fired
-        assert resume.completions(remote) == {FOUR: 40}
+        assert {FOUR, TWO} <= set(catalog.names(remote)), plan.fired
+        assert catalog.completions(remote) == {FOUR: 40}
 
 
 def test_a_new_instance_restores_what_was_durable_after_a_crash_at_any_operation(
@@ -166,7 +166,7 @@ def test_a_new_instance_restores_what_was_durable_after_a_crash_at_any_operation
         local, remote = history.copy()
         with pytest.raises(SimulatedCrash):
             drain_all(faulty_drain(local, remote, plan))
-        newest = resume.names(remote)[0]
+        newest = catalog.names(remote)[0]
         assert newest >= ONE
         restored = resume.newest_valid(PosixTier(memory_path / f"new-{nth}"), remote, lambda *_: None)
         assert restored is not None and restored.manifest.name == newest

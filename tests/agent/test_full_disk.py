@@ -19,7 +19,7 @@ from spot_core.agent.opening import Opened
 from spot_core.errors import ConfigError, TierError
 from spot_core.report.cli import main
 from spot_core.report.draining import open_drain
-from spot_core.store import identity, layout, resume, retention
+from spot_core.store import catalog, identity, layout, resume, retention
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import PLACE, Overflow
@@ -58,7 +58,7 @@ def test_both_places_are_drained_newest_first(local: PosixTier, remote: PosixTie
         commit_checkpoint(tier, name)
     drain = make_drain(local, remote, keep_local=4, keep_remote=4, overflow=over)
     assert drain_all(drain) == [FOUR, THREE, TWO, ONE]
-    assert resume.names(remote) == [FOUR, THREE, TWO, ONE] and resume.names(local) == [THREE, ONE]
+    assert catalog.names(remote) == [FOUR, THREE, TWO, ONE] and catalog.names(local) == [THREE, ONE]
     assert over.names() == [], "memory is given back as soon as it is durable"
     assert_run_invariants(local, remote, durable=FOUR)
 
@@ -112,9 +112,9 @@ def test_the_end_of_training_in_memory_is_drained(local: PosixTier, remote: Posi
     commit_checkpoint(over.make(), ONE)
     drain = make_drain(local, remote, overflow=over)
     assert drain_all(drain) == [ONE]
-    resume.mark_complete(over.make(), ONE, 10)  # after its checkpoint was drained and dropped
+    catalog.mark_complete(over.make(), ONE, 10)  # after its checkpoint was drained and dropped
     assert drain_all(drain) == []
-    assert resume.completions(remote) == {ONE: 10}
+    assert catalog.completions(remote) == {ONE: 10}
 
 
 @pytest.mark.parametrize("kind", ["a file in its place", "unreadable"])
@@ -126,9 +126,9 @@ def test_without_the_local_folder_memory_is_drained_and_nothing_else_is_deleted(
         commit_checkpoint(remote, name)
     commit_checkpoint(local, FOUR, pins=ONE)
     commit_checkpoint(over.make(), CheckpointName(1, 50))
-    names = resume.names
+    names = catalog.names
     if kind == "unreadable":
-        monkeypatch.setattr(resume, "names", lambda tier: _broken() if tier is local else names(tier))
+        monkeypatch.setattr(catalog, "names", lambda tier: _broken() if tier is local else names(tier))
     else:
         shutil.rmtree(local.root)
         local.root.touch()
@@ -194,7 +194,7 @@ def test_the_newest_is_resumed_from_memory_where_it_is(small: PosixTier, remote:
     opened = open_run(small, remote)
     assert opened.restored is not None
     assert (opened.restored.manifest.name, opened.restored.source) == (TWO, "overflow")
-    assert resume.names(small) == [] and over.names() == [TWO]
+    assert catalog.names(small) == [] and over.names() == [TWO]
     assert not over.remove(1), "the life before may not delete what is about to be loaded"
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_copy_in_memory_gives_way_to_the_remote_one(small: PosixTier, 
     over.make().path(f"{layout.checkpoint(ONE)}/checkpoint-10/model.bin").write_bytes(b"damaged")
     opened = open_run(small, remote)
     assert opened.restored is not None and opened.restored.source == "remote"
-    assert resume.names(small) == [ONE] and over.names() == []
+    assert catalog.names(small) == [ONE] and over.names() == []
 
 
 @pytest.mark.usefixtures("memory")
@@ -216,7 +216,7 @@ def test_a_whole_copy_in_memory_is_used_although_the_local_one_is_damaged(small:
     small.path(f"{layout.checkpoint(TWO)}/checkpoint-20/model.bin").write_bytes(b"damaged")
     opened = open_run(small, remote)
     assert opened.restored is not None and opened.restored.source == "overflow"
-    assert resume.names(small) == [] and small.list(layout.DAMAGED) == [f"000-{TWO}"]
+    assert catalog.names(small) == [] and small.list(layout.DAMAGED) == [f"000-{TWO}"]
 
 
 @pytest.mark.usefixtures("memory")
@@ -227,7 +227,7 @@ def test_what_a_full_disk_cannot_hold_is_restored_to_memory(
     fill(disk / "someone else's file", leave_bytes=40_000)
     opened = open_run(small, remote)
     assert opened.restored is not None and opened.restored.source == "remote" and opened.pin == ONE
-    assert overflow_of(remote).names() == [TWO, ONE] and resume.names(small) == []
+    assert overflow_of(remote).names() == [TWO, ONE] and catalog.names(small) == []
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2 and all("is restored to memory" in warning for warning in warnings)
     assert opened.incarnation == 2 and small.list(layout.INCARNATIONS) == ["000002.json"]
@@ -276,8 +276,8 @@ def test_a_restore_makes_room_of_damaged_and_superseded_copies_that_are_durable(
     fill(disk / "someone else's file", leave_bytes=40_000)
     opened = open_run(small, remote)
     assert opened.restored is not None and (opened.restored.manifest.name, opened.restored.source) == (THREE, "remote")
-    resume.verify(small, resume.read_manifest(small, THREE))
-    assert resume.names(small) == [THREE, unknown], "the older one is durable nowhere"
+    resume.verify(small, catalog.read_manifest(small, THREE))
+    assert catalog.names(small) == [THREE, unknown], "the older one is durable nowhere"
     assert small.list(layout.DAMAGED) == ([f"000-{THREE}"] if kind != "the damaged one" else [])
 
 
@@ -405,7 +405,7 @@ def test_the_agent_of_a_dead_trainer_drains_memory_and_gives_it_back(memory: Pat
     over.make().stage(TWO)  # it was writing when it was killed
     trainer.kill()
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [ONE]
+    assert catalog.names(place.remote) == [ONE]
     assert os.listdir(memory) == []
 
 
@@ -413,11 +413,11 @@ def test_a_fenced_life_gives_memory_back(memory: Path, place: Place) -> None:
     trainer = place.opened()
     over = overflow_of(place.remote)
     commit_checkpoint(over.make(), CheckpointName(1, 5))
-    eventually(lambda: resume.names(place.remote), "the agent looks there")
+    eventually(lambda: catalog.names(place.remote), "the agent looks there")
     place.remote.create(layout.incarnation(2), b"{}")  # on another machine
     commit_checkpoint(over.make(), ONE)
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(1, 5)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 5)]
     assert os.listdir(memory) == []
 
 
@@ -429,10 +429,10 @@ def test_what_a_killed_life_left_in_memory_goes_with_the_next_one(memory: Path, 
     commit_checkpoint(over.make(), ONE)
     over.make().stage(TWO)
     second = place.opened()
-    eventually(lambda: resume.names(place.remote) == [ONE], "it is drained")
+    eventually(lambda: catalog.names(place.remote) == [ONE], "it is drained")
     assert over.make().list(layout.STAGING) == []
     second.do("commit", 50)
-    eventually(lambda: resume.names(place.remote)[:1] == [NEXT], "it goes on")
+    eventually(lambda: catalog.names(place.remote)[:1] == [NEXT], "it goes on")
     eventually(lambda: over.names() == [], "and memory is given back")
     second.do("outcome", "completed")
     wait_for_end(second)
@@ -445,7 +445,7 @@ def test_memory_is_drained_by_hand(memory: Path, place: Place) -> None:
     trainer.kill()
     commit_checkpoint(overflow_of(place.remote).make(), ONE)
     open_drain(place.local.root, place.remote.url, {}, keep_local=None, keep_remote=None).once()
-    assert resume.names(place.remote) == [ONE]
+    assert catalog.names(place.remote) == [ONE]
     assert os.listdir(memory) == []
 
 

@@ -13,7 +13,7 @@ from spot_core.agent import local_run
 from spot_core.agent.journal import AgentStatus, Journal, Progress
 from spot_core.agent.local_run import LocalRun
 from spot_core.errors import CommitConflictError, FencedError, TierError
-from spot_core.store import identity, incarnation, layout, resume
+from spot_core.store import catalog, identity, incarnation, layout
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import Overflow
@@ -71,7 +71,7 @@ class OneLife:
             self.run.add(name)
         self.agent.durable = frozenset({ONE})
         self.run.write_progress(Progress(25, 2.5, 0))
-        self._manifest = resume.read_manifest(self.tier, TWO)
+        self._manifest = catalog.read_manifest(self.tier, TWO)
 
     def prepare(self, expected_bytes: int = 100, failure: OSError | None = None) -> PosixTier:
         return self.run.prepare(self._manifest, expected_bytes, failure)
@@ -185,7 +185,7 @@ def test_the_end_after_the_folder_was_removed_is_recorded(life: OneLife) -> None
     life.agent.durable = frozenset({ONE, TWO})
     shutil.rmtree(life.tier.root)
     life.run.mark_complete(20, 20)
-    assert resume.completions(life.tier) == {TWO: 20}
+    assert catalog.completions(life.tier) == {TWO: 20}
     assert identity.read_run(life.tier) is not None
 
 
@@ -197,11 +197,11 @@ def test_room_is_made_of_what_the_agent_has_reported_durable(life: OneLife, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(TierError, match="no room in"):
         life.prepare()
-    assert resume.names(life.tier) == [THREE, TWO]
+    assert catalog.names(life.tier) == [THREE, TWO]
     assert life.run.wait_for_room(1.0), "the end of training is worth waiting for the drain"
     with pytest.raises(TierError, match="no room in"):
         life.prepare()
-    assert resume.names(life.tier) == [THREE]
+    assert catalog.names(life.tier) == [THREE]
 
 
 def test_only_a_lack_of_room_is_worth_waiting_for(life: OneLife) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -16,7 +16,7 @@ def at(step: int) -> CheckpointName:
 
 
 def steps(tier: PosixTier) -> list[int]:
-    return sorted(name.step for name in resume.names(tier))
+    return sorted(name.step for name in catalog.names(tier))
 
 
 def test_milestones_stay_on_the_remote_and_not_on_the_local_tier(local: PosixTier, remote: PosixTier) -> None:
@@ -86,7 +86,7 @@ def test_a_crash_at_any_operation_costs_no_milestone(local: PosixTier, remote: P
         try:
             drain_all(make_drain(local, FaultyTier(remote, plan), keep_local=1, keep_remote=1, keep_every=100))
         except SimulatedCrash:
-            assert at(100) in {*resume.names(local), *resume.names(remote)}, plan.fired
+            assert at(100) in {*catalog.names(local), *catalog.names(remote)}, plan.fired
         drain_all(make_drain(local, remote, keep_local=1, keep_remote=1, keep_every=100))
         assert {100, 120} <= set(steps(remote)), plan.fired
         assert_run_invariants(local, remote, durable=at(120))

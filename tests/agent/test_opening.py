@@ -13,10 +13,11 @@ import pytest
 import stamina
 
 from spot_core.agent import opening
+from spot_core.agent.lives import Life
 from spot_core.agent.opening import Opened
 from spot_core.errors import CommitUnknownError, ConfigError, TierDeniedError, TierError
+from spot_core.store import catalog, incarnation, layout
 from spot_core.store import identity as identities
-from spot_core.store import incarnation, layout, resume
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -102,7 +103,7 @@ def test_the_newest_is_restored_with_what_it_pins(local: PosixTier, remote: Posi
     opened = open_run(local, remote)
     assert opened.restored is not None
     assert (opened.incarnation, opened.restored.manifest.name, opened.pin) == (2, TWO, ONE)
-    assert resume.names(local) == [TWO, ONE]
+    assert catalog.names(local) == [TWO, ONE]
     assert_run_invariants(local, remote, durable=TWO)
 
 
@@ -133,6 +134,29 @@ def test_what_the_life_before_commits_until_the_claim_is_not_left_behind(local: 
 
     opened = open_run(local, CommittingMeanwhile(remote.root))
     assert opened.restored is not None and opened.restored.manifest.name == TWO
+
+
+def test_of_many_checkpoints_only_the_newest_are_listed(
+    local: PosixTier, remote: PosixTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_run(local, remote)
+    for step in range(10, 90, 10):
+        commit_checkpoint(remote, CheckpointName(1, step))
+    newest = CheckpointName(1, 80)
+    life = Life(incarnation=1, host="", boot_id="", started=0.0, heartbeat=60.0, newest_durable=str(newest))
+    remote.replace(layout.life(1), life.to_json())
+    monkeypatch.setattr(catalog, "PAGE_NAMES", 4)
+    named: list[str] = []
+
+    class Counted(PosixTier):
+        def list(self, folder: str, *, after: str = "", most: int | None = None) -> list[str]:
+            found = super().list(folder, after=after, most=most)
+            named.extend(found if folder == layout.MANIFESTS else [])
+            return found
+
+    opened = open_run(local, Counted(remote.root))
+    assert opened.restored is not None and opened.restored.manifest.name == newest
+    assert len(named) == 4 + 1, "the first ones, and the one that the life before told of"
 
 
 def test_what_crashes_of_earlier_lives_left_is_swept_on_both_tiers(local: PosixTier, remote: PosixTier) -> None:
@@ -237,7 +261,7 @@ def _operations(template: Path) -> int:
 
 
 def _assert_opened(opened: Opened, local: PosixTier, remote: PosixTier) -> None:
-    is_first = not resume.names(remote)
+    is_first = not catalog.names(remote)
     assert (opened.restored is None) == is_first
     if opened.restored is not None:
         assert (opened.restored.manifest.name, opened.pin) == (TWO, ONE)

@@ -11,7 +11,7 @@ import pytest
 
 from spot_core.agent import lives
 from spot_core.agent.lives import Life
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
@@ -33,7 +33,7 @@ def test_a_killed_trainers_last_commit_is_drained_and_its_death_recorded(place: 
     trainer.kill()
     wait_for_end(trainer)
     assert name == CheckpointName(1, 10)
-    assert resume.names(place.remote) == [name]
+    assert catalog.names(place.remote) == [name]
     assert_run_invariants(place.local, place.remote, durable=name)
     life = place.life()
     assert (life.outcome, life.step, life.useful_s, life.newest_durable) == (lives.DIED, 10, 1.0, str(name))
@@ -47,11 +47,11 @@ def test_milestones_stay_on_the_remote_of_a_life_and_of_the_next_one(place: Plac
         trainer = place.opened(**options)
         for step in steps:
             name = CheckpointName.parse(trainer.do("commit", step))
-            eventually(lambda name=name: resume.names(place.remote)[:1] == [name], f"{name} is durable")  # type: ignore[misc]
+            eventually(lambda name=name: catalog.names(place.remote)[:1] == [name], f"{name} is durable")  # type: ignore[misc]
         trainer.do("outcome", lives.PREEMPTED)
         wait_for_end(trainer)
-    assert [name.step for name in resume.names(place.remote)] == [299, 204, 105]
-    assert [name.step for name in resume.names(place.local)] == [299]
+    assert [name.step for name in catalog.names(place.remote)] == [299, 204, 105]
+    assert [name.step for name in catalog.names(place.local)] == [299]
     assert_run_invariants(place.local, place.remote)
 
 
@@ -62,7 +62,7 @@ def test_a_completed_life_says_so_and_its_end_is_drained(place: Place) -> None:
     trainer.do("outcome", lives.COMPLETED)
     wait_for_end(trainer)
     assert trainer.do("exit_code") == 0
-    assert resume.completions(place.remote) == {CheckpointName(1, 10): 10}
+    assert catalog.completions(place.remote) == {CheckpointName(1, 10): 10}
     assert place.life().outcome == lives.COMPLETED
 
 
@@ -74,7 +74,7 @@ def test_a_life_ends_with_the_word_its_trainer_left(place: Place, word: str) -> 
     trainer.kill()
     wait_for_end(trainer)
     assert place.life().outcome == word
-    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 10)]
 
 
 def test_a_trainer_that_dies_before_its_first_commit_leaves_an_agent_that_ends(place: Place) -> None:
@@ -82,7 +82,7 @@ def test_a_trainer_that_dies_before_its_first_commit_leaves_an_agent_that_ends(p
     trainer.kill()
     wait_for_end(trainer)
     assert place.life().outcome == lives.DIED
-    assert resume.names(place.remote) == []
+    assert catalog.names(place.remote) == []
 
 
 def test_what_crashes_left_on_the_remote_is_swept_before_the_first_drain(place: Place) -> None:
@@ -93,7 +93,7 @@ def test_what_crashes_left_on_the_remote_is_swept_before_the_first_drain(place: 
     place.remote.create(f"{layout.checkpoint(CheckpointName(1, 5))}/half", b"half")
     trainer = place.opened()
     trainer.do("commit", 10)
-    eventually(lambda: resume.names(place.remote) == [CheckpointName(3, 10)], "the checkpoint is durable")
+    eventually(lambda: catalog.names(place.remote) == [CheckpointName(3, 10)], "the checkpoint is durable")
     assert place.remote.list(layout.CHECKPOINTS) == [str(CheckpointName(3, 10))]
 
 
@@ -106,7 +106,7 @@ def test_the_agent_of_a_fenced_life_stops_and_says_why(place: Place) -> None:
     assert old.do("exit_code") == 4
     assert "incarnation 2" in str(place.status().fence)
     assert place.life().outcome == lives.FENCED
-    assert resume.names(place.remote) == []
+    assert catalog.names(place.remote) == []
     assert is_running(new.agent)
 
 
@@ -119,13 +119,13 @@ def test_a_killed_agent_is_started_again_and_drains(place: Place) -> None:
     eventually(lambda: trainer.do("exit_code") is not None, "the trainer sees that its agent is gone")
     assert trainer.do("exit_code") == -signal.SIGKILL
     trainer.do("commit", 10)
-    assert resume.names(place.remote) == []
+    assert catalog.names(place.remote) == []
     trainer.restart_agent()
     eventually(lambda: place.status().newest_durable, "the new agent drains")
     trainer.do("commit", 20)
     trainer.kill()
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
     assert place.life().outcome == lives.DIED
 
 
@@ -140,7 +140,7 @@ def test_an_agent_started_while_the_remote_is_down_waits_for_it(place: Place) ->
     trainer.kill()
     place.remote.delete([layout.MANIFESTS])
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 10)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -166,7 +166,7 @@ def test_a_signal_to_the_trainers_group_ends_the_trainer_and_not_the_drain(
     trainer.signal_group(signum)
     assert trainer.wait() == -signum
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 10)]
     assert place.life().outcome == lives.DIED
 
 
@@ -181,7 +181,7 @@ def test_a_remote_that_fails_and_returns_is_drained_to_after_the_trainers_end(pl
     trainer.kill()
     checkpoints.unlink()
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 20), CheckpointName(1, 10)]
     assert place.status().last_failure is None
     assert_run_invariants(place.local, place.remote, durable=CheckpointName(1, 20))
 
@@ -220,7 +220,7 @@ def test_the_next_life_may_start_while_the_last_ones_agent_still_drains(place: P
     second.do("commit", 20)
     second.do("outcome", lives.COMPLETED)
     wait_for_end(second)
-    assert CheckpointName(2, 20) in resume.names(place.remote)
+    assert CheckpointName(2, 20) in catalog.names(place.remote)
     assert_run_invariants(place.local, place.remote, durable=CheckpointName(2, 20))
     assert place.life(1).outcome in {lives.DIED, lives.FENCED}
 
@@ -232,7 +232,7 @@ def test_a_fresh_start_on_purpose_leaves_what_is_there(place: Place) -> None:
     wait_for_end(first)
     opened = place.trainer().open(**place.options(resume=False))
     assert (opened["incarnation"], opened["restored"]) == (2, "None")
-    assert resume.names(place.remote) == [CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(1, 10)]
 
 
 def _finish(place: Place) -> None:
@@ -263,7 +263,7 @@ def test_a_finished_run_can_be_trained_further(place: Place) -> None:
     trainer.do("commit", 20)
     trainer.do("outcome", lives.COMPLETED)
     wait_for_end(trainer)
-    assert resume.names(place.remote) == [CheckpointName(2, 20), CheckpointName(1, 10)]
+    assert catalog.names(place.remote) == [CheckpointName(2, 20), CheckpointName(1, 10)]
 
 
 def test_an_agent_that_was_killed_before_it_was_to_claim_is_started_again(place: Place) -> None:
@@ -274,7 +274,7 @@ def test_an_agent_that_was_killed_before_it_was_to_claim_is_started_again(place:
     eventually(lambda: not is_running(trainer.agent), "the agent is dead")
     assert trainer.do("claim") == 2
     name = CheckpointName.parse(trainer.do("commit", 20))
-    eventually(lambda: resume.names(place.remote)[0] == name, "the new agent drains")
+    eventually(lambda: catalog.names(place.remote)[0] == name, "the new agent drains")
 
 
 def test_an_agent_that_is_killed_while_it_claims_is_started_again(place: Place) -> None:
@@ -346,7 +346,7 @@ def test_secrets_are_neither_in_the_process_list_nor_in_any_file(place: Place, l
     trainer.do("outcome", lives.COMPLETED)
     wait_for_end(trainer)
     remote = FsspecTier(f"s3://{bucket}/run", storage)
-    assert resume.names(remote) == [CheckpointName(1, 10)]
+    assert catalog.names(remote) == [CheckpointName(1, 10)]
     files = {path: content for path, content in tree(place.folder).items() if content is not None}
     assert any(path.endswith("agent.log") and content for path, content in files.items())
     for path in remote._fs.find(remote._root):

@@ -16,7 +16,7 @@ from spot_core.agent.client import AgentClient
 from spot_core.agent.journal import Journal, Progress
 from spot_core.config import SpotConfig
 from spot_core.errors import SpotError
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.testing.checkpoints import commit_checkpoint, content_of
@@ -65,7 +65,7 @@ class Trainer:
 
     def complete(self, step: int) -> None:
         assert self._client.incarnation is not None
-        resume.mark_complete(self._tier, CheckpointName(self._client.incarnation, step), step)
+        catalog.mark_complete(self._tier, CheckpointName(self._client.incarnation, step), step)
 
     def outcome(self, word: str) -> None:
         self._journal.write_outcome(word)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from spot_core.agent.lives import COMPLETED, Life
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     for name in NAMES:
         pins = NAMES[0] if name is NAMES[-1] else None
         commit_checkpoint(tier, name, pins=pins, created=STARTED + name.step, more=MORE)
-    resume.mark_complete(tier, NAMES[-1], 300)
+    catalog.mark_complete(tier, NAMES[-1], 300)
     tier.delete([layout.STAGING])  # git keeps no empty folders
 
 

@@ -26,7 +26,7 @@ from spot_core.report import prune
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import repair
 from spot_core.report.restore import restore
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
@@ -76,8 +76,8 @@ def restore_elsewhere(local: PosixTier, remote: Tier) -> None:
 
 
 def mark_complete(local: PosixTier, remote: Tier) -> None:
-    newest = resume.names(local)[0]
-    resume.mark_complete(local, newest, newest.step)
+    newest = catalog.names(local)[0]
+    catalog.mark_complete(local, newest, newest.step)
 
 
 Action = Callable[[PosixTier, Tier], object]

@@ -35,7 +35,7 @@ from spot_core.report.repair import repair
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.identity import RunIdentity, create_run, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
@@ -160,7 +160,7 @@ def play(mount: Path, acknowledge: Acknowledge) -> None:
     drain = Drain(local, remote, incarnation=number, keep_local=9, keep_remote=9)
     while (drained := drain.step(lambda *_: None)) is not None:
         acknowledge(f"committed remote {drained[0]}")
-    resume.mark_complete(local, NEXT, NEXT.step)
+    catalog.mark_complete(local, NEXT, NEXT.step)
     acknowledge(f"completed local {NEXT}")
     drain.step(lambda *_: None)
     acknowledge(f"completed remote {NEXT}")
@@ -253,9 +253,9 @@ def judge(mount: Path, said: list[str]) -> None:
     """Raise AssertionError or what reading raises unless all that was acknowledged is there, and nothing is torn."""
     local, remote = tiers(mount)
     for label, tier in (("local", local), ("remote", remote)):
-        present = resume.names(tier)
+        present = catalog.names(tier)
         for name in present:
-            problems = resume.damaged_files(tier, resume.read_manifest(tier, name), lambda _: None)
+            problems = resume.damaged_files(tier, catalog.read_manifest(tier, name), lambda _: None)
             is_known = (label, name) in DAMAGED and f"mended {label} {name}" not in said
             assert not problems or is_known, f"{label} {name}: {problems}"
         for what in said:
@@ -266,7 +266,7 @@ def judge(mount: Path, said: list[str]) -> None:
             is_present = CheckpointName.parse(rest[1]) in present
             assert verb not in {"committed", "mended"} or is_doomed or is_present, f"{what}, and is gone"
             assert verb != "deleted" or not is_present, f"{what}, and is back"
-            assert verb != "completed" or resume.completions(tier) == {NEXT: NEXT.step}, f"{what}, and is not"
+            assert verb != "completed" or catalog.completions(tier) == {NEXT: NEXT.step}, f"{what}, and is not"
         for folder in (layout.INCARNATIONS, layout.MANIFESTS):
             for entry in tier.list(folder):
                 assert json.loads(tier.read(f"{folder}/{entry}")), f"{label} {folder}/{entry} is torn"
@@ -279,20 +279,20 @@ def judge(mount: Path, said: list[str]) -> None:
 def go_on(mount: Path) -> None:
     """The next life resumes from the newest checkpoint there is, commits, drains, and sweeps."""
     local, remote = tiers(mount)
-    newest = max([*resume.names(local), *resume.names(remote)])
+    newest = max([*catalog.names(local), *catalog.names(remote)])
     restored = resume.newest_valid(local, remote, lambda *_: None)
     assert restored is not None and restored.manifest.name == newest, f"resumed {restored}, the newest is {newest}"
     number = incarnation.claim(local, remote, 0.0)
     for tier in (local, remote):
-        retention.sweep_orphans(tier, resume.names(tier), before_incarnation=number)
+        retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=number)
     name = CheckpointName(number, 60)
     commit_checkpoint(local, name)
     drain = Drain(local, remote, incarnation=number, keep_local=1, keep_remote=1)
     while drain.step(lambda *_: None) is not None:
         pass
     for tier in (local, remote):
-        assert resume.names(tier) == [name]
-        resume.verify(tier, resume.read_manifest(tier, name))
+        assert catalog.names(tier) == [name]
+        resume.verify(tier, catalog.read_manifest(tier, name))
         assert tier.list(layout.CHECKPOINTS) == [str(name)]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
@@ -57,7 +57,7 @@ class Run:
         """Wait until the agents of ended lives have ended, then judge what lies on the tiers."""
         wait_for(lambda: not self.agents(), timeout_s=_PATIENCE_S)
         assert_run_invariants(self.local, self.remote, durable=self.durable)
-        self.durable = max(resume.names(self.remote), default=self.durable)
+        self.durable = max(catalog.names(self.remote), default=self.durable)
 
     def lose_instance(self) -> None:
         """Processes, local tier and the trainer's own output are gone."""
@@ -85,8 +85,8 @@ class Run:
         assert result.exit_code == 0, result.log[-6000:]
         assert_same_training(self.spec, reference)
         self.settle()
-        newest = resume.names(self.remote)[0]
-        assert resume.completions(self.remote).get(newest) == newest.step, result.log[-3000:]
+        newest = catalog.names(self.remote)[0]
+        assert catalog.completions(self.remote).get(newest) == newest.step, result.log[-3000:]
 
 
 def kill_life(run: Run, life: Life, kind: str, draw: random.Random) -> bool:

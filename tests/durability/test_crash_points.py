@@ -22,7 +22,7 @@ import stamina
 
 from spot_core.report import verify
 from spot_core.report.places import StoredRun
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.identity import read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -76,7 +76,7 @@ def a_backlog(local: PosixTier, remote: Tier) -> None:
     drain(local, remote)
     for name, pins in ((TWO, None), (THREE, None), (FOUR, TWO)):
         commit_checkpoint(local, name, pins=pins)
-    resume.mark_complete(local, FOUR, 40)
+    catalog.mark_complete(local, FOUR, 40)
 
 
 def much_to_prune(local: PosixTier, remote: Tier) -> None:
@@ -86,7 +86,7 @@ def much_to_prune(local: PosixTier, remote: Tier) -> None:
         commit_checkpoint(local, name, pins=pins)
         _copy(local, remote, name)
     for tier in (local, remote):
-        resume.mark_complete(tier, THREE, 30)
+        catalog.mark_complete(tier, THREE, 30)
 
 
 def a_damaged_local_copy(local: PosixTier, remote: Tier) -> None:
@@ -171,10 +171,10 @@ def judge(case: Case, local: PosixTier, remote: Tier) -> None:
 def _check_result(case: Case, local: PosixTier, remote: Tier) -> None:
     """What the action was to achieve, it has achieved the second time."""
     if case.action is drain:
-        assert set(resume.names(remote)) >= {TWO, FOUR} and resume.names(local)[0] == FOUR
-        assert resume.completions(remote)[FOUR] == 40
+        assert set(catalog.names(remote)) >= {TWO, FOUR} and catalog.names(local)[0] == FOUR
+        assert catalog.completions(remote)[FOUR] == 40
     elif case.action is prune_by_hand:
-        assert resume.names(remote) == [FOUR, TWO]
+        assert catalog.names(remote) == [FOUR, TWO]
     elif case.action in (repair_remote, repair_local):
         tier = remote if case.action is repair_remote else local
         report = verify.verify_run(StoredRun(tier, read_run(tier) or {}), lambda *_: None)
@@ -187,7 +187,7 @@ def _check_result(case: Case, local: PosixTier, remote: Tier) -> None:
         )
         assert all((restored.parent / path).read_bytes() == content for path, content in contents.items())
     elif case.action is mark_complete:
-        assert resume.completions(local) == {FOUR: 40}
+        assert catalog.completions(local) == {FOUR: 40}
 
 
 def _live_on(local: PosixTier, remote: Tier) -> None:
@@ -207,7 +207,7 @@ def _live_on(local: PosixTier, remote: Tier) -> None:
         commit_checkpoint(local, name)
         drain(local, remote, number=number)
         assert_run_invariants(local, remote, durable=name)
-        assert resume.names(local) == [name] and resume.names(remote)[0] == name
+        assert catalog.names(local) == [name] and catalog.names(remote)[0] == name
     left = [path for tier in (local, remote) if isinstance(tier, PosixTier) for path in tier.root.rglob(".tmp-*")]
     assert [path for path in left if not path.name.endswith(layout.RUN)] == []
 

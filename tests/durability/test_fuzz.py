@@ -28,7 +28,7 @@ from spot_core.errors import CommitConflictError, ConfigError, CorruptCheckpoint
 from spot_core.report import cli, prune
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import repair
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -110,7 +110,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             native = f"checkpoint-{name.step}"
             files = {f"{native}/model.safetensors": safetensors, f"{native}/optimizer.pt": torch_file, "s.json": b"{}"}
             commit_checkpoint(local, name, files=files, pins=pins)
-        resume.mark_complete(local, OLD, 10)
+        catalog.mark_complete(local, OLD, 10)
         _drain(local, remote, 1)
         life = Life(incarnation=1, host="gpu", boot_id="1", started=1.0, heartbeat=2.0, outcome="died")
         for tier in (local, remote):
@@ -184,7 +184,7 @@ def _work_by_hand(run: Fuzzed) -> None:
     """Prune and repair do their work, or say why not."""
     with contextlib.suppress(SpotError):
         found = prune.plan(run.remote, keep=1, keep_every=None, now=NOW, on_progress=lambda *_: None)
-        assert found.kept[0] == resume.names(run.remote)[0]
+        assert found.kept[0] == catalog.names(run.remote)[0]
     if run.local.root.exists():
         for target, source in ((run.remote, run.local), (run.local, run.remote)):
             with contextlib.suppress(SpotError):
@@ -211,7 +211,7 @@ def _goes_on(run: Fuzzed, opened: opening.Opened) -> None:
     commit_checkpoint(run.local, name)
     with contextlib.suppress(CommitConflictError):  # of what is damaged there
         _drain(run.local, run.remote, number)
-    assert name in resume.names(run.remote)
+    assert name in catalog.names(run.remote)
 
 
 # -- what decides whether a checkpoint is loaded ---------------------------------------------------------------

@@ -32,7 +32,7 @@ from spot_core.errors import CommitConflictError, ConfigError, CorruptCheckpoint
 from spot_core.report import places, prune
 from spot_core.report.draining import KEEP_ALL, HandDrain
 from spot_core.report.repair import repair
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.testing.checkpoints import commit_checkpoint, content_of
 from spot_core.testing.faults import MOMENTS, Fault, FaultPlan, FaultyPosixTier, FaultyTier, SimulatedCrash
@@ -132,7 +132,7 @@ class Histories(RuleBasedStateMachine):
         except TierError:
             shutil.rmtree(job.local.path(f"{layout.STAGING}/{name}"), ignore_errors=True)
         if incarnation.newest(job.local) > job.number:
-            assert name not in resume.names(job.local), "a fenced life committed"
+            assert name not in catalog.names(job.local), "a fenced life committed"
 
     @precondition(lambda self: self.trainers)
     @rule(data=st.data(), is_agent_killed=st.booleans())
@@ -146,10 +146,10 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def end_the_training(self, data: st.DataObject) -> None:
         job = self._draw(data, self.trainers)
-        if CheckpointName(job.number, job.step) in resume.names(job.local):
+        if CheckpointName(job.number, job.step) in catalog.names(job.local):
             self.world.acting = job.local
             job.is_training = False
-            resume.mark_complete(job.local, CheckpointName(job.number, job.step), job.step)
+            catalog.mark_complete(job.local, CheckpointName(job.number, job.step), job.step)
 
     @precondition(lambda self: self.trainers)
     @rule(data=st.data(), budget=st.integers(0, 80), gap=st.integers(1, 3), is_best=st.booleans())
@@ -206,7 +206,7 @@ class Histories(RuleBasedStateMachine):
             return
         newest = max(world.sound(job.local), default=None)
         if newest is not None and newest not in world.ever_hurt:
-            there = max(resume.names(world.remote), default=None)
+            there = max(catalog.names(world.remote), default=None)
             assert there is not None and there >= newest, f"{newest} is not durable"
         if uploads and not world.ever_hurt and not job.plan.fired:
             assert_within_limits(
@@ -248,7 +248,7 @@ class Histories(RuleBasedStateMachine):
         local = world.new_instance() if is_new_instance else data.draw(st.sampled_from(world.instances[-2:]))
         expected = world.newest_sound(local)
         before = incarnation.newest(world.remote)
-        if expected is None and {*resume.names(local), *resume.names(world.remote)}:
+        if expected is None and {*catalog.names(local), *catalog.names(world.remote)}:
             with pytest.raises(CorruptCheckpointError, match="Nothing was deleted"):
                 world.open(local, FaultPlan())
             assert incarnation.newest(world.remote) == before, "a life that could not resume claimed a number"
@@ -271,7 +271,7 @@ class Histories(RuleBasedStateMachine):
         """In the middle of an opening the agent of the life before commits and deletes what it still can."""
         world, old = self.world, self.world.jobs[-1]
         local = world.new_instance()
-        if resume.names(world.remote) and not world.sound(world.remote):
+        if catalog.names(world.remote) and not world.sound(world.remote):
             return  # there is nothing to resume from elsewhere
 
         def drain() -> None:
@@ -287,7 +287,7 @@ class Histories(RuleBasedStateMachine):
         world, old = self.world, self.world.jobs[-1]
         opened: list[LivingJob] = []
         local = world.new_instance()
-        if resume.names(world.remote) and not world.sound(world.remote):
+        if catalog.names(world.remote) and not world.sound(world.remote):
             return
         world.start_agent(old, Interrupted(nth, lambda: opened.append(world.open(local, FaultPlan()))))
         world.acting = old.local
@@ -409,7 +409,7 @@ class Histories(RuleBasedStateMachine):
 @pytest.fixture
 def base(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in memory. Pools have one thread, so that the nth operation is the same when a history is replayed."""
-    for module in (drain, resume, places):
+    for module in (drain, catalog, resume, places):
         monkeypatch.setattr(module, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
     with stamina.set_testing(True, attempts=40):
         yield memory_path
@@ -440,8 +440,8 @@ def test_an_old_life_does_not_record_the_end_of_training(base: Path) -> None:
     old = world.open(world.here, FaultPlan())
     commit_checkpoint(old.local, CheckpointName(old.number, 10))
     assert old.drain is not None and old.drain.step(lambda *_: None) is not None
-    resume.mark_complete(old.local, CheckpointName(old.number, 10), 10)
+    catalog.mark_complete(old.local, CheckpointName(old.number, 10), 10)
     world.open(world.new_instance(), FaultPlan())
     with pytest.raises(FencedError):
         old.drain.step(lambda *_: None)
-    assert resume.completions(world.remote) == {}
+    assert catalog.completions(world.remote) == {}

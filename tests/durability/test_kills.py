@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from tests.durability.job import JobSpec
 from tests.durability.runs import Run, kill_agents, kill_life
 from tests.durability.scale import times
@@ -119,12 +119,12 @@ def test_an_end_that_both_died_before_draining_is_drained_by_the_next_command(
     """Training is complete on the local tier, and nothing has told the remote."""
     run = Run(_spec(tmp_path))
     life = Life(run.spec)
-    wait_for(lambda: run.agents() and resume.names(run.remote))
+    wait_for(lambda: run.agents() and catalog.names(run.remote))
     (agent,) = run.agents()
     agent.suspend()
-    wait_for(lambda: resume.completions(run.local))
+    wait_for(lambda: catalog.completions(run.local))
     assert kill_life(run, life, "both", random.Random(1))
-    assert resume.completions(run.remote) == {}
+    assert catalog.completions(run.remote) == {}
     # The trainer's own script had not come to its end: it writes what it does after training once more.
     run.finish(reference)
     assert "had not been drained" in Path(run.spec.folder, "log.txt").read_text()

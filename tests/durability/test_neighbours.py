@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.remote import FsspecTier
 from tests.durability.job import JobSpec
 from tests.durability.runs import Run, kill_life
@@ -125,11 +125,11 @@ def test_commands_on_one_run_leave_its_neighbours_alone(runs: tuple[Run, Run, Ru
         each.settle()
     run, *neighbours = runs
     before = [stored(neighbour) for neighbour in neighbours]
-    url, newest = run.remote.url, resume.names(run.remote)[0]
-    assert len(resume.names(run.remote)) > 1
+    url, newest = run.remote.url, catalog.names(run.remote)[0]
+    assert len(catalog.names(run.remote)) > 1
     run.spot("prune", url, "--keep", "1")
-    assert resume.names(run.remote) == [newest]
-    path = f"{layout.checkpoint(newest)}/{resume.read_manifest(run.remote, newest).files[0].path}"
+    assert catalog.names(run.remote) == [newest]
+    path = f"{layout.checkpoint(newest)}/{catalog.read_manifest(run.remote, newest).files[0].path}"
     content = run.remote.read(path)
     run.remote.replace(path, bytes(len(content)))
     run.spot("repair", url, "--from", run.local.root)

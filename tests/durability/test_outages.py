@@ -20,7 +20,7 @@ import pytest
 
 from spot_core.agent import lives
 from spot_core.agent.journal import Journal
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from tests.durability.job import JobSpec, share_held
 from tests.durability.runs import Run
@@ -120,7 +120,7 @@ def test_throttling_for_a_while_is_waited_out(
 ) -> None:
     run = distant_run(tmp_path, short, s3_server, proxy, interval_s=0.3)
     life = Life(run.spec)
-    wait_for(lambda: resume.names(run.remote))
+    wait_for(lambda: catalog.names(run.remote))
     until = time.monotonic() + 5.0
     proxy.chooses = lambda _: SLOW_DOWN if time.monotonic() < until else None
     run.assert_finished(life.result(), short)
@@ -145,7 +145,7 @@ def test_credentials_that_expire_in_mid_run_are_renewed(
         for name in ("key", "secret"):
             del run.spec.options["storage_options"][name]
         life = Life(run.spec)
-        wait_for(lambda: resume.names(run.remote))
+        wait_for(lambda: catalog.names(run.remote))
         write_credentials(credentials, "new")
         expired = Fault(status=400, code="ExpiredToken")
         proxy.chooses = lambda request: expired if "Credential=old/" in request.headers["authorization"] else None
@@ -170,7 +170,7 @@ def test_an_outage_leaves_a_backlog_that_drains_newest_first(
     reference = reference_of(tmp_path / "reference", LONG)
     run = distant_run(tmp_path, reference, s3_server, proxy, interval_s=1.0, options={"keep_remote": 100})
     life = Life(run.spec)
-    wait_for(lambda: len(resume.names(run.remote)) >= 2)
+    wait_for(lambda: len(catalog.names(run.remote)) >= 2)
     began, step = time.monotonic(), step_of(run)
     proxy.chooses = lambda _: UNREACHABLE
     wait_for(lambda: len(undrained(run)) > OUTAGE_S / 4, timeout_s=60.0)
@@ -233,8 +233,8 @@ def preempt_often(run: Run) -> None:
 
 def undrained(run: Run) -> list[CheckpointName]:
     """Local commits newer than what is durable, newest first."""
-    durable = max(resume.names(run.remote), default=CheckpointName(0, 0))
-    return [name for name in resume.names(run.local) if name > durable]
+    durable = max(catalog.names(run.remote), default=CheckpointName(0, 0))
+    return [name for name in catalog.names(run.local) if name > durable]
 
 
 def step_of(run: Run) -> int:

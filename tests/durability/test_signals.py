@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from tests.durability.scale import times
 from tests.hf.job import JobSpec as HfJob
 from tests.lightning.job import JobSpec as LightningJob
@@ -85,16 +85,16 @@ def test_a_signal_leaves_the_state_that_an_uninterrupted_run_had_at_that_step(
                 break  # it was in the last step, or past it
             sent += 1
             assert result.exit_code in {75, _NOT_OURS}, result.log[-3000:]
-            if resume.completions(remote_of(spec)):
+            if catalog.completions(remote_of(spec)):
                 break  # what the job itself does after training was cut off
             if "incarnation" not in result.log or "before the first step" in result.log:
                 continue
             assert result.exit_code == 75, result.log[-3000:]
             step = left_step(result.log)
             assert step >= reached, "nothing is lost"
-            newest = resume.names(remote_of(spec))[0]
+            newest = catalog.names(remote_of(spec))[0]
             assert newest.step == step
-            resume.verify(remote_of(spec), resume.read_manifest(remote_of(spec), newest))
+            resume.verify(remote_of(spec), catalog.read_manifest(remote_of(spec), newest))
             assert stored(Path(spec.folder, "remote/job", layout.checkpoint(newest)), step) == expected[step]
             reached = step
             in_training += 1

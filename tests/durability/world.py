@@ -22,7 +22,7 @@ from spot_core.agent.lives import Life
 from spot_core.agent.opening import Opened
 from spot_core.errors import CorruptCheckpointError, SpotError
 from spot_core.report.places import StoredRun
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, retention
 from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -113,8 +113,8 @@ class World:
         )
         number = opened.incarnation
         if number is None:
-            assert opened.restored is not None and opened.restored.manifest.name in resume.completions(self.remote) | (
-                resume.completions(local)
+            assert opened.restored is not None and opened.restored.manifest.name in catalog.completions(self.remote) | (
+                catalog.completions(local)
             )
             number = opening.claim(*tiers, IDENTITY, started=self.clock, timeout_s=60.0)
         else:
@@ -196,7 +196,7 @@ class World:
 
     def sound(self, tier: PosixTier) -> set[CheckpointName]:
         """Names on a tier whose copy there was not damaged."""
-        return {name for name in resume.names(tier) if (tier.url, name) not in self.hurt}
+        return {name for name in catalog.names(tier) if (tier.url, name) not in self.hurt}
 
     def newest_sound(self, local: PosixTier) -> CheckpointName | None:
         """What a resume on that instance must find, None if nothing is whole."""
@@ -208,9 +208,9 @@ class World:
     def judge(self) -> None:
         """Everything that must hold now, whatever was done since the last time."""
         for local in self.instances:
-            for name in set(resume.names(local)) - self.committed.keys():
+            for name in set(catalog.names(local)) - self.committed.keys():
                 self._note_commit(local, name)
-        self.durable.update(resume.names(self.remote))
+        self.durable.update(catalog.names(self.remote))
         self.forget_mended()
         self._check_deletions()
         for local in {self.here.url: self.here, self.acting.url: self.acting}.values():
@@ -244,7 +244,7 @@ class World:
         newest = max(known, default=None)
         if newest is not None and newest not in self.ever_hurt:
             assert expected == newest, f"{newest} was committed, the newest that is whole is {expected}"
-        if expected is None and {*resume.names(local), *resume.names(self.remote)}:
+        if expected is None and {*catalog.names(local), *catalog.names(self.remote)}:
             with pytest.raises(CorruptCheckpointError, match="Nothing was deleted"):
                 assert_resumes(local, self.remote, expected)
         else:
@@ -252,7 +252,7 @@ class World:
 
     def _check_deletions(self) -> None:
         """What is gone since the last look was superseded, whoever deleted it."""
-        names = {tier.url: resume.names(tier) for tier in (self.remote, *self.instances)}
+        names = {tier.url: catalog.names(tier) for tier in (self.remote, *self.instances)}
         before_there = self._seen.get(self.remote.url, [])
         there = sorted({*before_there, *names[self.remote.url]}, reverse=True)
         before_here = self._seen.get(self.acting.url, [])
@@ -284,11 +284,11 @@ class World:
     def _pinned(self, names: Collection[CheckpointName]) -> set[CheckpointName]:
         tiers = (self.remote, self.acting)
         manifests = [
-            resume.read_manifest(tier, name)
+            catalog.read_manifest(tier, name)
             for name in names
             if name not in self.ever_hurt
             for tier in tiers
-            if name in resume.names(tier)
+            if name in catalog.names(tier)
         ]
         return {manifest.pins for manifest in manifests if manifest.pins is not None}
 

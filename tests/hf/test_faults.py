@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog, resume
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
 from tests.lives.lives import Life, assert_same_training, live, lose_instance, uninterrupted, wait_for
@@ -38,7 +38,7 @@ def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> N
     )
     reference = uninterrupted(spec, tmp_path / "reference")
     life = Life(dataclasses.replace(spec, arguments={"num_train_epochs": 9}, dies="step:60"))
-    wait_for(lambda: len(resume.names(PosixTier(small_disk / "job"))) > 0)
+    wait_for(lambda: len(catalog.names(PosixTier(small_disk / "job"))) > 0)
     filler = small_disk / "someone else's file"
     with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 1024):
@@ -48,8 +48,8 @@ def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> N
     assert result.log.count("not written (") == 1, result.log[-3000:]
     assert "training goes on" in result.log
     assert filler.exists()
-    newest = resume.names(PosixTier(small_disk / "job"))[0]
-    resume.verify(PosixTier(small_disk / "job"), resume.read_manifest(PosixTier(small_disk / "job"), newest))
+    newest = catalog.names(PosixTier(small_disk / "job"))[0]
+    resume.verify(PosixTier(small_disk / "job"), catalog.read_manifest(PosixTier(small_disk / "job"), newest))
     filler.unlink()
     lose_instance(small_disk / "job")
     shutil.rmtree(spec.folder)
@@ -61,7 +61,7 @@ def test_remote_that_goes_away_is_told_once_and_drained_when_it_is_back(tmp_path
     spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 25})
     remote = PosixTier(f"{spec.folder}/remote/job")
     life = Life(spec)
-    wait_for(lambda: len(resume.names(remote)) > 0)
+    wait_for(lambda: len(catalog.names(remote)) > 0)
     away = remote.root.with_name("away")
     os.rename(remote.root, away)
     remote.root.write_text("not a folder")
@@ -70,21 +70,21 @@ def test_remote_that_goes_away_is_told_once_and_drained_when_it_is_back(tmp_path
     os.rename(away, remote.root)
     result = life.result()
     assert result.exit_code == 0, result.log[-3000:]
-    assert resume.names(remote)[0].step == 250
-    resume.verify(remote, resume.read_manifest(remote, resume.names(remote)[0]))
+    assert catalog.names(remote)[0].step == 250
+    resume.verify(remote, catalog.read_manifest(remote, catalog.names(remote)[0]))
 
 
 def test_agent_that_dies_is_started_again(tmp_path: Path) -> None:
     spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 12})
     remote = PosixTier(f"{spec.folder}/remote/job")
     life = Life(spec)
-    wait_for(lambda: len(resume.names(remote)) > 0)
+    wait_for(lambda: len(catalog.names(remote)) > 0)
     (agent,) = (child for child in psutil.Process(life.pid).children() if "spot_core.agent" in child.cmdline())
     agent.kill()
     result = life.result()
     assert result.exit_code == 0, result.log[-3000:]
     assert "the agent ended with code -9, starting it again" in result.log
-    assert resume.names(remote)[0].step == 120
+    assert catalog.names(remote)[0].step == 120
 
 
 def test_remote_that_may_not_be_written_is_refused_at_start(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from spot_core.agent.journal import AgentStatus, Journal, Progress
 from spot_core.agent.lives import COMPLETED, read_lives
 from spot_core.report.places import open_run
 from spot_core.report.status import LocalView, status
-from spot_core.store import identity, layout, resume
+from spot_core.store import catalog, identity, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
@@ -44,7 +44,7 @@ def _spec(folder: Path) -> JobSpec:
 def _begun(spec: JobSpec, local: PosixTier) -> Life:
     """A life that has committed and drained."""
     life = Life(spec)
-    wait_for(lambda: resume.names(local) and resume.names(PosixTier(f"{spec.folder}/remote/job")))
+    wait_for(lambda: catalog.names(local) and catalog.names(PosixTier(f"{spec.folder}/remote/job")))
     return life
 
 
@@ -57,10 +57,10 @@ def _assert_ended_well(result: LifeResult, spec: JobSpec, reference: JobSpec, *,
 
 def _assert_drained(spec: JobSpec) -> None:
     remote = PosixTier(f"{spec.folder}/remote/job")
-    name = resume.names(remote)[0]
+    name = catalog.names(remote)[0]
     assert name.step == STEPS
-    resume.verify(remote, resume.read_manifest(remote, name))
-    assert resume.completions(remote) == {name: STEPS}
+    resume.verify(remote, catalog.read_manifest(remote, name))
+    assert catalog.completions(remote) == {name: STEPS}
     wait_for(lambda: not _overflow(spec).exists())
 
 
@@ -72,8 +72,8 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
         life = _begun(spec, local)
         fill(disk / "someone else's file")
         wait_for(lambda: PAST_THE_DISK in life.log)
-        known = resume.names(remote)[0]
-        wait_for(lambda: resume.names(remote)[0] > known and resume.names(remote)[0] not in resume.names(local))
+        known = catalog.names(remote)[0]
+        wait_for(lambda: catalog.names(remote)[0] > known and catalog.names(remote)[0] not in catalog.names(local))
         wait_for(lambda: "no room in" in (_status(spec, disk).remote_only or ""))
         (disk / "someone else's file").unlink()
         wait_for(lambda: "there is room in" in life.log)
@@ -81,7 +81,7 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
         _assert_ended_well(result, spec, reference, told=PAST_THE_DISK)
         # On a busy machine one may find both places of the overflow taken.
         assert result.log.count(REFUSED) == result.log.count("checkpoints that are not drained yet"), result.log[-3000:]
-        resume.verify(local, resume.read_manifest(local, resume.names(local)[0]))
+        resume.verify(local, catalog.read_manifest(local, catalog.names(local)[0]))
         assert local.list(layout.STAGING) == []
     _assert_drained(spec)
 
@@ -112,15 +112,15 @@ def test_without_memory_to_spare_a_full_disk_is_told_and_tried_again(tmp_path: P
         fill(disk / "someone else's file")
         wait_for(lambda: REFUSED in life.log)
         wait_for(lambda: _failures(Journal(local.root, 1).read_progress()) > 0)
-        refused = resume.names(local)
+        refused = catalog.names(local)
         (disk / "someone else's file").unlink()
-        wait_for(lambda: resume.names(local)[0] > refused[0])
+        wait_for(lambda: catalog.names(local)[0] > refused[0])
         result = life.result()
         assert "checkpoints are written again, after" in result.log
         assert "Free space there" in result.log
         _assert_ended_well(result, spec, reference, told=REFUSED)
         assert PAST_THE_DISK not in result.log
-        resume.verify(local, resume.read_manifest(local, resume.names(local)[0]))
+        resume.verify(local, catalog.read_manifest(local, catalog.names(local)[0]))
         assert local.list(layout.STAGING) == []
         assert _failures(Journal(local.root, 1).read_status()) > 0, "what `spot status` shows"
     _assert_drained(spec)
@@ -136,7 +136,7 @@ def test_kills_while_checkpoints_pass_by_a_full_disk(kills: str, tmp_path: Path,
         fill(disk / "someone else's file", leave_bytes=30_000)
         wait_for(lambda: PAST_THE_DISK in life.log)
         with _down(remote):
-            known = resume.names(remote)[0]
+            known = catalog.names(remote)[0]
             wait_for(lambda: (_in_memory(spec) or [known])[0] > known)
             if kills != "trainer":
                 _kill_agent(local)
@@ -255,7 +255,7 @@ def test_a_life_whose_local_folder_and_memory_are_unusable_ends_and_says_so(tmp_
     assert "training is complete, but that is not recorded in" in result.log
     assert "run again, would repeat the training after that step" in result.log
     _assert_ended_well(result, spec, reference, told=REFUSED)
-    resume.verify(remote, resume.read_manifest(remote, resume.names(remote)[0]))
+    resume.verify(remote, catalog.read_manifest(remote, catalog.names(remote)[0]))
     local.root.parent.unlink()
     assert live(spec).exit_code == 0
     _assert_drained(spec)

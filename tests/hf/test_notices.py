@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog, resume
 from tests.hf.job import JobSpec
 from tests.lives.announcer import LEAD_S, SOURCES, announcer
 from tests.lives.lives import (
@@ -69,7 +69,7 @@ def test_a_notice_is_trained_through_and_costs_no_step(
     takes_s = float(re.search(r"saving once more: a checkpoint takes ([\d.]+) s", result.log)[1])  # type: ignore[index]
     assert left - seen >= 0.8 * (deadline - seen - takes_s), "it trained on for most of what a last checkpoint left"
     step = left_step(result.log)
-    assert resume.names(remote_of(spec))[0].step == step
+    assert catalog.names(remote_of(spec))[0].step == step
     wait_for(lambda: json.loads(remote_of(spec).read("lives/000001.json"))["outcome"] == "preempted")
     record = json.loads(remote_of(spec).read("lives/000001.json"))
     assert record["step"] == step, "not one step more was made than is durable"
@@ -102,8 +102,8 @@ def test_a_notice_too_short_for_a_checkpoint_leaves_the_one_before_whole(
         assert life.result().exit_code == -signal.SIGKILL
         lose_instance(Path(spec.folder, "local/job"))
     assert re.search(r"until it is durable: \d\.\d s too many. The checkpoint before stands", life.log), life.log
-    newest = resume.names(remote_of(spec))[0]
-    resume.verify(remote_of(spec), resume.read_manifest(remote_of(spec), newest))
+    newest = catalog.names(remote_of(spec))[0]
+    resume.verify(remote_of(spec), catalog.read_manifest(remote_of(spec), newest))
     following = live(dataclasses.replace(spec, options={}))
     assert f"resume: step {newest.step}" in following.log
     assert_same_training(spec, reference)
@@ -120,7 +120,7 @@ def test_a_signal_in_the_middle_of_a_notice_ends_the_job_at_once(spec: JobSpec, 
         os.kill(life.pid, signal.SIGTERM)
         result = life.result()
     assert result.exit_code == 75
-    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+    assert catalog.names(remote_of(spec))[0].step == left_step(result.log)
 
 
 def test_in_a_notebook_training_returns_and_the_process_lives_on(spec: JobSpec, reference: JobSpec) -> None:
@@ -156,7 +156,7 @@ def test_a_signal_to_the_whole_group_with_workers(spec: JobSpec, tmp_path: Path)
             time.sleep(0.02)
         result = life.result()
         assert result.exit_code == 75, result.log[-3000:]
-        assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+        assert catalog.names(remote_of(spec))[0].step == left_step(result.log)
     assert live(spec).exit_code == 0
     assert_same_training(spec, uninterrupted(spec, tmp_path / "reference"))
 
@@ -179,7 +179,7 @@ def test_a_signal_where_files_are_written_or_training_ends(place: str, spec: Job
             assert result.exit_code == 75, result.log[-3000:]
             assert left_step(result.log) > reached
             reached = left_step(result.log)
-            assert resume.names(remote_of(spec))[0].step == reached
+            assert catalog.names(remote_of(spec))[0].step == reached
     assert live(spec).exit_code == 0
     assert_same_training(spec, reference)
 
@@ -204,7 +204,7 @@ def test_a_signal_to_the_first_process_of_a_container(script: str, spec: JobSpec
     log = Path(spec.folder, "log.txt")
     with log.open("wb") as file:
         container = subprocess.Popen([*IN_A_CONTAINER, script.replace("COMMAND", command)], stdout=file, stderr=file)
-    wait_for(lambda: any(name.step >= 30 for name in resume.names(remote_of(spec))), timeout_s=120.0)
+    wait_for(lambda: any(name.step >= 30 for name in catalog.names(remote_of(spec))), timeout_s=120.0)
     os.kill(first_process_of(container), signal.SIGTERM)
     if script.startswith("COMMAND"):
         time.sleep(0.5)
@@ -212,12 +212,12 @@ def test_a_signal_to_the_first_process_of_a_container(script: str, spec: JobSpec
         os.kill(first_process_of(container), signal.SIGKILL)  # the grace period is over
         container.wait(timeout=30)
         assert "the first process is a shell" in log.read_text()
-        step = resume.names(remote_of(spec))[0].step
+        step = catalog.names(remote_of(spec))[0].step
     else:
         assert container.wait(timeout=30) == 75, log.read_text()[-3000:]
         assert "the first process is a shell" not in log.read_text()
         step = left_step(log.read_text())
-        assert resume.names(remote_of(spec))[0].step == step
+        assert catalog.names(remote_of(spec))[0].step == step
     following = live(spec)
     assert f"resume: step {step} from the" in following.log
     assert_same_training(spec, reference)
@@ -249,7 +249,7 @@ def test_an_end_announced_while_training_hangs_for_longer_saves_the_last_step(
         assert time.time() < deadline, "it left before the end"
     assert result.exit_code == 75, result.log[-3000:]
     assert left_step(result.log) == step
-    assert resume.names(remote_of(spec))[0].step == step
+    assert catalog.names(remote_of(spec))[0].step == step
     following = live(spec)
     assert following.exit_code == 0, following.log[-3000:]
     assert f"resume: step {step} " in following.log

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.hf.job import JobSpec
 from tests.lives.lives import (
     assert_same_training,
@@ -108,7 +108,7 @@ def test_a_run_that_has_ended_trains_nothing_more(spec: JobSpec) -> None:
     again = live(spec)
     assert again.exit_code == 0, again.log[-3000:]
     assert final(spec)["step"] == before["step"]
-    assert len({name.incarnation for name in resume.names(remote_of(spec))}) == 1
+    assert len({name.incarnation for name in catalog.names(remote_of(spec))}) == 1
 
 
 def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
@@ -121,10 +121,10 @@ def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
 
 def test_another_number_of_ranks_is_refused_and_nothing_is_lost(spec: JobSpec) -> None:
     live(dataclasses.replace(spec, dies="step:8"))
-    stored = resume.names(remote_of(spec))
+    stored = catalog.names(remote_of(spec))
     alone = live(dataclasses.replace(spec, ranks=1))
     assert alone.exit_code == 1 and "world size" in alone.log
-    assert resume.names(remote_of(spec)) == stored
+    assert catalog.names(remote_of(spec)) == stored
     live_to_the_end(spec)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
 from tests.lives.lives import (
@@ -71,7 +71,7 @@ def test_killed_during_a_save_resumes_from_the_newest_complete_step(spec: JobSpe
         spec = dataclasses.replace(spec, folder=f"{spec.folder}-{number}")
         life = live(dataclasses.replace(spec, dies=f"operation:{number}"))
         assert life.exit_code == -signal.SIGKILL
-        newest = max(resume.names(local_of(spec)), default=None)
+        newest = max(catalog.names(local_of(spec)), default=None)
         following = live(dataclasses.replace(spec, dies="step:29"))
         if newest is not None:
             assert f"resume: step {newest.step} from the local tier" in following.log
@@ -84,8 +84,8 @@ def test_new_machine_resumes_from_the_remote(spec: JobSpec, tmp_path: Path) -> N
     # The agent finishes the drain after the trainer's death; only then is the instance lost.
     life = Life(dataclasses.replace(spec, dies="step:9"))
     assert life.result().exit_code == -signal.SIGKILL
-    newest = resume.names(local_of(spec))[0]
-    wait_for(lambda: resume.names(remote_of(spec))[:1] == [newest])
+    newest = catalog.names(local_of(spec))[0]
+    wait_for(lambda: catalog.names(remote_of(spec))[:1] == [newest])
     lose_instance(local_of(spec).root)
     shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
     result = live(spec)
@@ -99,7 +99,7 @@ def test_best_model_survives_a_new_machine(tmp_path: Path) -> None:
     best_step = json.loads(next(Path(reference.folder, "out").glob("checkpoint-30/trainer_state.json")).read_text())
     assert 0 < best_step["best_global_step"] < 20, "the case needs an early best model"
     assert live(dataclasses.replace(spec, dies="step:23")).exit_code == -signal.SIGKILL
-    wait_for(lambda: resume.names(remote_of(spec)) and resume.names(remote_of(spec))[0].step >= 16)
+    wait_for(lambda: catalog.names(remote_of(spec)) and catalog.names(remote_of(spec))[0].step >= 16)
     lose_instance(local_of(spec).root)
     shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
     result = live(spec)
@@ -165,7 +165,7 @@ def test_sigterm_commits_the_step_and_exits_75(spec: JobSpec, tmp_path: Path) ->
     reference = uninterrupted(spec, tmp_path / "reference")
     result = live(dataclasses.replace(spec, dies="term:17", interval_s=1000.0))
     assert result.exit_code == 75, result.log[-3000:]
-    assert resume.names(remote_of(spec))[0].step == 18, "the step in which the signal came is durable on the remote"
+    assert catalog.names(remote_of(spec))[0].step == 18, "the step in which the signal came is durable on the remote"
     wait_for(lambda: json.loads(remote_of(spec).read("lives/000001.json"))["outcome"] == "preempted")
     following = live(spec)
     assert "resume: step 18" in following.log
@@ -174,17 +174,17 @@ def test_sigterm_commits_the_step_and_exits_75(spec: JobSpec, tmp_path: Path) ->
 
 def test_stale_incarnation_that_wakes_up_commits_nothing_and_stops(spec: JobSpec) -> None:
     stale = Life(dataclasses.replace(spec, arguments={"num_train_epochs": 60}))
-    wait_for(lambda: len(resume.names(remote_of(spec))) > 0)
+    wait_for(lambda: len(catalog.names(remote_of(spec))) > 0)
     os.kill(stale.pid, signal.SIGSTOP)
     local_of(spec).create("incarnations/000002.json", b"{}")
     remote_of(spec).create("incarnations/000002.json", b"{}")
-    before = resume.names(local_of(spec))
+    before = catalog.names(local_of(spec))
     os.kill(stale.pid, signal.SIGCONT)
     result = stale.result()
     assert result.exit_code == 1
     assert "incarnation 1 is fenced: incarnation 2 of this run exists" in result.log
     # The commit in flight when it was stopped may have been past its last check; nothing after it.
-    assert len(set(resume.names(local_of(spec))) - set(before)) <= 1
+    assert len(set(catalog.names(local_of(spec))) - set(before)) <= 1
 
 
 def test_stream_in_its_second_pass_goes_on_to_the_last_step_and_says_what_it_lost(spec: JobSpec) -> None:

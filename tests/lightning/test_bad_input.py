@@ -16,7 +16,7 @@ import torch
 
 from lightning_spot import SpotCallback, opening
 from spot_core.errors import ConfigError
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.posix import PosixTier
 from tests.lightning.data import data_of
 from tests.lightning.job import JobSpec, trainer_of
@@ -58,7 +58,7 @@ def stored(spec: JobSpec) -> dict[str, bytes]:
     for tier in ("local", "remote"):
         files += Path(spec.folder, tier, "job", "lives").iterdir()
         posix = PosixTier(f"{spec.folder}/{tier}/job")
-        for name in resume.names(posix):
+        for name in catalog.names(posix):
             files += [path for path in posix.path(layout.checkpoint(name)).rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in files}
 
@@ -202,7 +202,7 @@ def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
 def test_trained_tensors_that_the_module_leaves_out_are_refused_by_name(spec: JobSpec) -> None:
     with pytest.raises(ConfigError, match=r"1 trained tensors are not part .*: network\.1\.weight\..*lose them"):
         fit(spec, Forgetful)
-    assert resume.names(PosixTier(f"{spec.folder}/local/job")) == []
+    assert catalog.names(PosixTier(f"{spec.folder}/local/job")) == []
 
 
 # -- places that cannot be used ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_end
 from tests.lives.lives import (
@@ -41,9 +41,9 @@ def test_end_that_was_not_recorded_is_recorded_by_the_next_life(spec: JobSpec) -
     forget_end(spec)
     assert_trains_nothing_more(spec)
     assert [{name.step for name in ends} for ends in ends_of(spec)] == [{30}, {30}]
-    before = resume.names(remote_of(spec))
+    before = catalog.names(remote_of(spec))
     assert_trains_nothing_more(spec)
-    assert resume.names(remote_of(spec)) == before
+    assert catalog.names(remote_of(spec)) == before
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_run_that_was_stopped_early_stays_stopped(changes: dict[str, Any], step:
     spec = JobSpec(folder=str(tmp_path / "job"), **changes)
     live_to_the_end(spec)
     assert final(spec)["step"] == step
-    before = resume.names(remote_of(spec))
+    before = catalog.names(remote_of(spec))
     assert_trains_nothing_more(spec)
-    assert resume.names(remote_of(spec)) == before
+    assert catalog.names(remote_of(spec)) == before
 
 
 @pytest.mark.parametrize(

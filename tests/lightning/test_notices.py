@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lives.announcer import LEAD_S, announcer
 from tests.lives.lives import (
@@ -68,7 +68,7 @@ def test_a_signal_to_the_whole_group_with_workers(spec: JobSpec, tmp_path: Path)
             time.sleep(0.02)
         result = life.result()
         assert result.exit_code == 75, result.log[-3000:]
-        assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+        assert catalog.names(remote_of(spec))[0].step == left_step(result.log)
     assert live(spec).exit_code == 0
     assert_same_training(spec, uninterrupted(spec, tmp_path / "reference"))
 
@@ -93,7 +93,7 @@ def test_an_end_announced_while_training_hangs_for_longer_saves_the_last_step(
     assert time.time() < deadline, "it left before the end"
     assert result.exit_code == 75, result.log[-3000:]
     assert left_step(result.log) == step
-    assert resume.names(remote_of(spec))[0].step == step
+    assert catalog.names(remote_of(spec))[0].step == step
     following = live(spec)
     assert following.exit_code == 0, following.log[-3000:]
     assert f"resume: step {step} " in following.log

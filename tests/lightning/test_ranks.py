@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lives.lives import (
     assert_same_training,
@@ -90,7 +90,7 @@ def test_a_run_that_has_ended_trains_nothing_more(spec: JobSpec) -> None:
     again = live(spec)
     assert again.exit_code == 0, again.log[-3000:]
     assert "already" in again.log
-    assert len({name.incarnation for name in resume.names(remote_of(spec))}) == 1
+    assert len({name.incarnation for name in catalog.names(remote_of(spec))}) == 1
 
 
 def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:

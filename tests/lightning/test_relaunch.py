@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lightning.modules import KINDS
 from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_seen, local_of
@@ -62,8 +62,8 @@ def test_new_machine_resumes_from_the_remote(spec: JobSpec, tmp_path: Path) -> N
     reference = uninterrupted(spec, tmp_path / "reference")
     # The agent finishes the drain after the trainer's death; only then is the instance lost.
     assert live(dataclasses.replace(spec, dies="step:9")).exit_code == -signal.SIGKILL
-    newest = resume.names(local_of(spec))[0]
-    wait_for(lambda: resume.names(remote_of(spec))[:1] == [newest])
+    newest = catalog.names(local_of(spec))[0]
+    wait_for(lambda: catalog.names(remote_of(spec))[:1] == [newest])
     lose_instance(local_of(spec).root)
     shutil.rmtree(f"{spec.folder}/out", ignore_errors=True)
     (result,) = live_to_the_end(spec)
@@ -79,7 +79,7 @@ def test_best_model_survives_a_new_machine(kind: str, tmp_path: Path) -> None:
     theirs = torch.load(final(reference)["best_model_path"], weights_only=False)
     assert 0 < theirs["global_step"] < 20, "the case needs an early best model"
     assert live(dataclasses.replace(spec, dies="step:25")).exit_code == -signal.SIGKILL
-    wait_for(lambda: resume.names(remote_of(spec)) and resume.names(remote_of(spec))[0].step >= 20)
+    wait_for(lambda: catalog.names(remote_of(spec)) and catalog.names(remote_of(spec))[0].step >= 20)
     lose_instance(local_of(spec).root)
     shutil.rmtree(f"{spec.folder}/out")
     (result,) = live_to_the_end(spec)
@@ -120,7 +120,7 @@ def test_sigterm_during_accumulation_with_another_exit_code(tmp_path: Path) -> N
     reference = uninterrupted(spec, tmp_path / "reference")
     result = live(dataclasses.replace(spec, dies="term_backward:6"))
     assert result.exit_code == 99, result.log[-3000:]
-    assert [name.step for name in resume.names(remote_of(spec))] == [7]
+    assert [name.step for name in catalog.names(remote_of(spec))] == [7]
     (following,) = live_to_the_end(spec)
     assert "resume: step 7 " in following.log
     assert_same_training(spec, reference)
@@ -133,8 +133,8 @@ def test_sigterm_commits_one_checkpoint_of_that_very_step_and_exits_75(least: di
     reference = uninterrupted(spec, tmp_path / "reference")
     result = live(dataclasses.replace(spec, dies="term:16"))
     assert result.exit_code == 75, result.log[-3000:]
-    assert [name.step for name in resume.names(remote_of(spec))] == [17]
-    assert resume.names(local_of(spec)) == resume.names(remote_of(spec))
+    assert [name.step for name in catalog.names(remote_of(spec))] == [17]
+    assert catalog.names(local_of(spec)) == catalog.names(remote_of(spec))
     assert ends_of(spec) == [set(), set()]
     (following,) = live_to_the_end(spec)
     assert "resume: step 17 " in following.log
@@ -221,7 +221,7 @@ def test_resume_warns_of_nothing_that_the_first_life_did_not(trainer: dict[str, 
 
 def test_stale_incarnation_that_wakes_up_commits_nothing_and_stops(spec: JobSpec) -> None:
     stale = Life(dataclasses.replace(spec, trainer={"max_epochs": 60}))
-    wait_for(lambda: len(resume.names(remote_of(spec))) > 0)
+    wait_for(lambda: len(catalog.names(remote_of(spec))) > 0)
     local_of(spec).create("incarnations/000002.json", b"{}")
     remote_of(spec).create("incarnations/000002.json", b"{}")
     result = stale.result()

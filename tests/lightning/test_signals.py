@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lives.lives import LifeResult, assert_same_training, live, live_to_the_end, remote_of, seen, uninterrupted
 
@@ -18,7 +18,7 @@ JOB_ID = "4711"
 
 def assert_stopped_at(step: int, spec: JobSpec, result: LifeResult) -> None:
     assert result.exit_code == 75, result.log[-3000:]
-    assert resume.names(remote_of(spec))[0].step == step, "the step in which the signal came is durable on the remote"
+    assert catalog.names(remote_of(spec))[0].step == step, "the step in which the signal came is durable on the remote"
 
 
 def assert_continues(step: int, spec: JobSpec, reference: JobSpec) -> None:
@@ -92,7 +92,7 @@ def test_sigterm_in_the_last_step_is_the_end_of_training(spec: JobSpec, tmp_path
     result = live(dataclasses.replace(spec, dies="term:29"))
     assert result.exit_code == 0, result.log[-3000:]
     assert_same_training(spec, reference)
-    assert resume.names(remote_of(spec))[0].step == 30
+    assert catalog.names(remote_of(spec))[0].step == 30
 
 
 @pytest.mark.parametrize("place", ["term_setup:0", "term_sanity:0"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
 from tests.lives.lives import live
@@ -97,8 +97,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for where in ("step:8", "step:15"):
             assert live(dataclasses.replace(spec, dies=where)).exit_code == -signal.SIGKILL
         tier = PosixTier(f"{spec.folder}/local/job")
-        newest = resume.names(tier)[0]
-        natives.append(str(tier.path(layout.checkpoint(newest)) / resume.read_manifest(tier, newest).native))
+        newest = catalog.names(tier)[0]
+        natives.append(str(tier.path(layout.checkpoint(newest)) / catalog.read_manifest(tier, newest).native))
     return natives
 
 

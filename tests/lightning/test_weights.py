@@ -12,7 +12,7 @@ import torch
 
 from lightning_spot import weights
 from spot_core.errors import ConfigError
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
@@ -57,8 +57,8 @@ def test_killed_and_relaunched_ends_bit_equal(cell: str, tmp_path: Path) -> None
 def newest(spec: JobSpec) -> tuple[Manifest, dict[str, Any]]:
     """The newest commit's manifest, and its native checkpoint."""
     tier = PosixTier(f"{spec.folder}/local/job")
-    name = resume.names(tier)[0]
-    manifest = resume.read_manifest(tier, name)
+    name = catalog.names(tier)[0]
+    manifest = catalog.read_manifest(tier, name)
     native = Path(spec.folder, "local/job/checkpoints", str(name), manifest.native)
     return manifest, torch.load(native, weights_only=False)
 

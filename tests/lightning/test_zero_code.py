@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_spot import SpotCallback, factory
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
 from tests.lives.lives import live, wait_for
@@ -138,7 +138,7 @@ class Script:
         assert process.wait() == -signal.SIGKILL, self.log[-3000:]
 
     def newest_step(self, run: str) -> int:
-        return max((name.step for name in resume.names(PosixTier(self.folder / "local" / run))), default=0)
+        return max((name.step for name in catalog.names(PosixTier(self.folder / "local" / run))), default=0)
 
     @property
     def log(self) -> str:
@@ -215,7 +215,7 @@ def test_callback_of_the_script_is_the_only_one_although_the_environment_names_a
     assert "fenced" not in result.log
     # The variable wins over the argument as always, the script's other options stay.
     assert PosixTier(given).list(layout.INCARNATIONS) == ["000001.json"]
-    assert len(resume.names(PosixTier(f"{spec.folder}/local/run"))) == 1
+    assert len(catalog.names(PosixTier(f"{spec.folder}/local/run"))) == 1
     assert not Path(spec.folder, "remote").exists()
 
 

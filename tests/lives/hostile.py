@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import digest_file
@@ -46,7 +46,7 @@ def begin(spec: LifeSpec) -> None:
         assert live(replace(spec, dies="step:12")).exit_code == -signal.SIGKILL
         record = remote.path(layout.life(number))
         wait_for(lambda: '"died"' in record.read_text(), timeout_s=120)  # noqa: B023
-        if resume.names(remote):
+        if catalog.names(remote):
             return
     raise AssertionError("none of five lives stored a checkpoint in twelve steps")
 
@@ -59,15 +59,15 @@ def tiers_of(spec: LifeSpec) -> tuple[PosixTier, PosixTier]:
 def newest_of(spec: LifeSpec) -> CheckpointName:
     """The newest checkpoint, which is on both tiers."""
     local, remote = tiers_of(spec)
-    newest = resume.names(remote)[0]
-    assert newest in resume.names(local)
+    newest = catalog.names(remote)[0]
+    assert newest in catalog.names(local)
     return newest
 
 
 def stored_file(spec: LifeSpec, path: str) -> Path:
     """A file of the newest checkpoint on the local tier. path: `native/…` is below its native part."""
     local, _ = tiers_of(spec)
-    manifest = resume.read_manifest(local, newest_of(spec))
+    manifest = catalog.read_manifest(local, newest_of(spec))
     return local.path(f"{layout.checkpoint(manifest.name)}/{_path(manifest.native, path)}")
 
 
@@ -78,7 +78,7 @@ def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True
     """
     name = newest_of(spec)
     for tier in tiers_of(spec):
-        manifest = resume.read_manifest(tier, name)
+        manifest = catalog.read_manifest(tier, name)
         records = {file.path: file for file in manifest.files}
         for path, content in files.items():
             path = _path(manifest.native, path)
@@ -89,7 +89,7 @@ def forge(spec: LifeSpec, files: dict[str, bytes], *, with_manifest: bool = True
         if with_manifest:
             forged = replace(manifest, files=tuple(records.values()), **fields)
             tier.replace(layout.manifest(name), forged.to_json())
-            resume.verify(tier, resume.read_manifest(tier, name))
+            resume.verify(tier, catalog.read_manifest(tier, name))
 
 
 def _path(native: str, path: str) -> str:

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from spot_core.errors import ConfigError
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.posix import PosixTier
 from tests.lives.job import LifeSpec
 
@@ -167,7 +167,7 @@ def live_through_random_kills(spec: LifeSpec, *, seed: int, kills: int, longest_
             break
         assert life.exit_code == -signal.SIGKILL, life.log[-3000:]
         killed += 1
-        if number % 3 == 2 and resume.names(remote):
+        if number % 3 == 2 and catalog.names(remote):
             lose_instance(local)
     assert killed >= 2
     assert live(spec).exit_code == 0
@@ -192,7 +192,7 @@ def remote_of(spec: LifeSpec) -> PosixTier:
 def begun(spec: LifeSpec, *, steps: int = 30) -> Life:
     """A life whose checkpoint of a step after `steps` is durable."""
     life = Life(spec)
-    wait_for(lambda: any(name.step >= steps for name in resume.names(remote_of(spec))))
+    wait_for(lambda: any(name.step >= steps for name in catalog.names(remote_of(spec))))
     return life
 
 

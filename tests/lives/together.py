@@ -6,7 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from spot_core.store import resume
+from spot_core.store import catalog
 from tests.lives.announcer import LEAD_S, announcer
 from tests.lives.job import LifeSpec
 from tests.lives.lives import (
@@ -52,6 +52,6 @@ def assert_a_notice_is_trained_through(spec: LifeSpec, folder: Path) -> None:
         assert time.time() < deadline
     assert result.exit_code == 75, result.log[-3000:]
     assert "once more just before the end" in result.log and "saving once more" in result.log
-    assert resume.names(remote_of(spec))[0].step == left_step(result.log)
+    assert catalog.names(remote_of(spec))[0].step == left_step(result.log)
     assert live(spec).exit_code == 0
     assert_same_training(spec, reference)

@@ -10,7 +10,7 @@ from spot_core.agent import lives
 from spot_core.agent.drain import Drain
 from spot_core.agent.lives import Life
 from spot_core.notice.instance import this_boot
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout
 from spot_core.store.identity import RunIdentity, create_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
@@ -113,7 +113,7 @@ class BuiltRun:
         return name
 
     def complete(self, name: CheckpointName) -> None:
-        resume.mark_complete(self.local, name, name.step)
+        catalog.mark_complete(self.local, name, name.step)
 
     def drain(self, *, keep: int = 99) -> None:
         drain = Drain(self.local, self.remote, incarnation=self.number, keep_local=keep, keep_remote=keep)

@@ -13,7 +13,7 @@ import pytest
 
 from spot_core.errors import CommitUnknownError, ConfigError, SpotError, TierDeniedError, TierError
 from spot_core.report.draining import HandDrain, open_drain
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout, resume
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import OnBytes
 from tests.report.conftest import Spot, everything_in, spot_process, start_spot
@@ -45,10 +45,10 @@ def test_once_makes_everything_durable_and_says_so(two_tiers: BuiltRun) -> None:
     result = spot_process(*_once(run))
 
     assert result.code == 0, result.err
-    assert resume.names(run.remote) == sorted(names, reverse=True)
-    assert list(resume.completions(run.remote)) == [names[1]]
+    assert catalog.names(run.remote) == sorted(names, reverse=True)
+    assert list(catalog.completions(run.remote)) == [names[1]]
     for name in names:
-        resume.verify(run.remote, resume.read_manifest(run.remote, name))
+        resume.verify(run.remote, catalog.read_manifest(run.remote, name))
         assert f"checkpoint {name} is durable in {run.url}" in result.err
 
 
@@ -57,8 +57,8 @@ def test_once_keeps_milestones_on_the_remote(two_tiers: BuiltRun) -> None:
     names = [run.commit(step) for step in (95, 105, 130, 140)]
     result = spot_process(*_once(run, "--keep-remote", 1, "--keep-local", 1, "--keep-every", 100))
     assert result.code == 0, result.err
-    assert resume.names(run.remote) == [names[3], names[1]]
-    assert resume.names(run.local) == [names[3]]
+    assert catalog.names(run.remote) == [names[3], names[1]]
+    assert catalog.names(run.local) == [names[3]]
 
 
 def test_once_with_everything_drained_says_that_nothing_is_left(two_tiers: BuiltRun) -> None:
@@ -80,7 +80,7 @@ def test_the_folder_above_serves_as_local_too(spot: Spot, two_tiers: BuiltRun) -
     name = two_tiers.commit(1)
     code = spot("agent", "--local", two_tiers.local.root.parent, "--remote", two_tiers.url, "--once").code
     assert code == 0
-    assert resume.names(two_tiers.remote) == [name]
+    assert catalog.names(two_tiers.remote) == [name]
 
 
 def test_a_newer_life_elsewhere_ends_with_4_and_nothing_is_written(
@@ -132,14 +132,14 @@ def test_a_damaged_local_checkpoint_is_named_and_the_others_are_drained(spot: Sp
 
     assert result.code == 1
     assert f"{bad} is damaged and was not drained" in result.err
-    assert resume.names(two_tiers.remote) == [sound]
+    assert catalog.names(two_tiers.remote) == [sound]
 
 
 def test_without_being_told_how_many_to_keep_nothing_is_deleted(spot: Spot, two_tiers: BuiltRun) -> None:
     names = [two_tiers.commit(step) for step in range(1, 6)]
     assert spot(*_once(two_tiers)).code == 0
     for tier in (two_tiers.local, two_tiers.remote):
-        assert resume.names(tier) == sorted(names, reverse=True)
+        assert catalog.names(tier) == sorted(names, reverse=True)
 
 
 def test_both_tiers_are_pruned_to_what_is_to_be_kept(spot: Spot, two_tiers: BuiltRun) -> None:
@@ -147,8 +147,8 @@ def test_both_tiers_are_pruned_to_what_is_to_be_kept(spot: Spot, two_tiers: Buil
     two_tiers.drain()
     last = two_tiers.commit(6)
     assert spot(*_once(two_tiers, "--keep-local", 1, "--keep-remote", 3)).code == 0
-    assert resume.names(two_tiers.local) == [last]
-    assert resume.names(two_tiers.remote) == [last, names[4], names[3]]
+    assert catalog.names(two_tiers.local) == [last]
+    assert catalog.names(two_tiers.remote) == [last, names[4], names[3]]
 
 
 def test_the_environment_of_the_training_sets_what_is_kept(
@@ -160,8 +160,8 @@ def test_the_environment_of_the_training_sets_what_is_kept(
     two_tiers.drain()
     last = two_tiers.commit(3)
     assert spot(*_once(two_tiers)).code == 0
-    assert resume.names(two_tiers.local) == [last]
-    assert resume.names(two_tiers.remote) == [last, middle]
+    assert catalog.names(two_tiers.local) == [last]
+    assert catalog.names(two_tiers.remote) == [last, middle]
 
 
 def test_a_watching_agent_drains_new_commits_and_leaves_on_sigterm_after_one_last_pass(two_tiers: BuiltRun) -> None:
@@ -169,16 +169,16 @@ def test_a_watching_agent_drains_new_commits_and_leaves_on_sigterm_after_one_las
     first = run.commit(1)
     process = start_spot("agent", "--local", run.local.root, "--remote", run.url)
     try:
-        _wait_for(lambda: resume.names(run.remote) == [first])
+        _wait_for(lambda: catalog.names(run.remote) == [first])
         second = run.commit(2)
-        _wait_for(lambda: resume.names(run.remote) == [second, first])
+        _wait_for(lambda: catalog.names(run.remote) == [second, first])
         third = run.commit(3)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=_PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    assert resume.names(run.remote) == [third, second, first]
+    assert catalog.names(run.remote) == [third, second, first]
 
 
 def test_a_watching_agent_waits_for_its_run_to_begin(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_watching_agent_waits_for_its_run_to_begin(tmp_path: Path) -> None:
     stop.set()
     thread.join(_PATIENCE_S)
     assert not thread.is_alive()
-    assert resume.names(run.remote) == [name]
+    assert catalog.names(run.remote) == [name]
 
 
 def test_a_watching_agent_retries_a_remote_that_does_not_answer_and_warns_once(
@@ -210,14 +210,14 @@ def test_a_watching_agent_retries_a_remote_that_does_not_answer_and_warns_once(
         """Does not wait, and is set once the checkpoint is there."""
 
         def wait(self, timeout: float | None = None) -> bool:
-            if resume.names(two_tiers.remote) == [name]:
+            if catalog.names(two_tiers.remote) == [name]:
                 self.set()
             return self.is_set()
 
     monkeypatch.setattr(PosixTier, "upload", flaky)
     with caplog.at_level(logging.WARNING):
         _watching(two_tiers).watch(Impatient())
-    assert resume.names(two_tiers.remote) == [name]
+    assert catalog.names(two_tiers.remote) == [name]
     assert [record.message for record in caplog.records] == [
         "drain failed and is retried: unreachable",
         "drain failed and is retried: no reply",
@@ -245,7 +245,7 @@ def test_a_watching_agent_follows_the_next_life_on_this_host(two_tiers: BuiltRun
     run.claim()
     second = run.commit(2)
     drain.watch(stopped)
-    assert resume.names(run.remote) == [second, first]
+    assert catalog.names(run.remote) == [second, first]
 
 
 def test_a_remote_that_was_emptied_is_not_filled_again_by_itself(two_tiers: BuiltRun) -> None:

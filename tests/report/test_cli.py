@@ -13,7 +13,7 @@ import pytest
 from spot_core.config import SpotConfig
 from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import ConfigError
-from spot_core.store import resume
+from spot_core.store import catalog
 from spot_core.store.tier import open_tier
 from tests.report.conftest import Spot, everything_in, spot_process
 from tests.report.stored import BuiltRun
@@ -161,7 +161,7 @@ def test_every_command_works_on_an_object_store(stored_on_s3: BuiltRun, spot: Sp
     local = spot("status", run.url, "--local", run.local.root, "--json").json["local"]
     assert local["undrained"] == [str(waiting)]
     assert spot("agent", "--local", run.local.root, "--remote", run.url, "--once").code == 0
-    assert resume.names(run.remote)[0] == waiting
+    assert catalog.names(run.remote)[0] == waiting
 
     assert spot("verify", run.url).code == 0
     assert spot("restore", run.url, "--to", tmp_path / "out", "--step", 20).code == 0

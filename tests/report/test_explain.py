@@ -27,7 +27,7 @@ from spot_core.cadence.record import CadenceRecord
 from spot_core.report import explain, places
 from spot_core.report.explain import ExplainView
 from spot_core.report.units import duration
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.posix import PosixTier
 from tests.agent.processes import eventually
 from tests.report.conftest import Spot, spot_process
@@ -382,7 +382,7 @@ def test_a_real_training_that_is_killed_is_explained_and_its_crash_counts(tmp_pa
     for number in (1, 2):
         with training(remote.root, local, log) as process:
             eventually(
-                lambda number=number: any(name.incarnation == number for name in resume.names(remote)),  # type: ignore[misc]
+                lambda number=number: any(name.incarnation == number for name in catalog.names(remote)),  # type: ignore[misc]
                 "a checkpoint is durable",
             )
             assert process.poll() is None, log.read_text()

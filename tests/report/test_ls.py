@@ -148,7 +148,7 @@ def test_a_checkpoint_pruned_while_listing_is_left_out(
 ) -> None:
     kept, pruned = run.commit(4), run.commit(3)
     run.local.path(layout.manifest(pruned)).unlink()
-    monkeypatch.setattr("spot_core.store.resume.names", lambda tier: [kept, pruned])
+    monkeypatch.setattr("spot_core.store.catalog.names", lambda tier: [kept, pruned])
     assert [row["step"] for row in spot("ls", run.url, "--json").json["checkpoints"]] == [4]
 
 

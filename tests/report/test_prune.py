@@ -13,7 +13,7 @@ from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import FencedError, TierDeniedError, TierError
 from spot_core.report import prune
 from spot_core.report.runs import LOST_AFTER_S
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier, open_tier
@@ -25,11 +25,11 @@ from tests.servers import S3Server
 
 
 def _steps(tier: Tier) -> list[int]:
-    return [name.step for name in resume.names(tier)]
+    return [name.step for name in catalog.names(tier)]
 
 
 def _bytes(run: BuiltRun, name: CheckpointName) -> int:
-    return resume.read_manifest(run.remote, name).total_bytes
+    return catalog.read_manifest(run.remote, name).total_bytes
 
 
 def _plan(tier: Tier, *, keep: int = 1) -> prune.PrunePlan:
@@ -41,7 +41,7 @@ def test_the_newest_two_stay_by_default_and_what_was_freed_is_said(spot: Spot, r
     freed = sum(_bytes(run, name) for name in names[:2])
     result = spot("prune", run.url)
     assert result.code == 0
-    assert resume.names(run.remote) == [names[3], names[2]]
+    assert catalog.names(run.remote) == [names[3], names[2]]
     assert run.remote.list(layout.CHECKPOINTS) == [str(names[2]), str(names[3])]
     assert f"2 checkpoints deleted, {freed} B freed" in result.out
     assert spot("verify", run.url).code == 0
@@ -269,13 +269,13 @@ def test_a_crash_at_any_operation_leaves_only_what_the_next_sweep_removes(two_ti
             except SimulatedCrash:
                 has_crashed = True
             assert has_crashed == bool(plan.fired)
-            assert {newest, best} <= set(resume.names(remote)), plan.fired
+            assert {newest, best} <= set(catalog.names(remote)), plan.fired
             assert_run_invariants(remote, remote, durable=newest)
 
             prune.execute(remote, _plan(remote))
-            assert resume.names(remote) == [newest, best]
+            assert catalog.names(remote) == [newest, best]
             claimed = incarnation.claim(remote, remote, 0.0)
-            retention.sweep_orphans(remote, resume.names(remote), before_incarnation=claimed)
+            retention.sweep_orphans(remote, catalog.names(remote), before_incarnation=claimed)
             assert remote.list(layout.CHECKPOINTS) == [str(best), str(newest)], plan.fired
             assert_run_invariants(remote, remote, durable=newest)
         if not has_crashed:
@@ -288,7 +288,7 @@ def test_what_a_newer_release_committed_is_not_pruned(spot: Spot, run: BuiltRun)
         run.commit(step)
     of_newer_format(run.local, CheckpointName(1, 2))
     assert spot("prune", run.url, "--keep", "1").code == 0
-    assert resume.names(run.local) == [CheckpointName(1, 4), CheckpointName(1, 2)]
+    assert catalog.names(run.local) == [CheckpointName(1, 4), CheckpointName(1, 2)]
     of_newer_format(run.local, CheckpointName(1, 4))
     result = spot("prune", run.url, "--keep", "1")
     assert result.code == 2
@@ -305,4 +305,4 @@ def test_pruning_says_for_machines_what_it_did(spot: Spot, run: BuiltRun, is_dry
     assert result.json["unreadable"] == []
     assert [each["name"] for each in result.json["superseded"]] == [str(names[0])]
     assert result.json["size_bytes"] == result.json["superseded"][0]["size_bytes"] > 0
-    assert (names[0] in resume.names(run.local)) is is_dry
+    assert (names[0] in catalog.names(run.local)) is is_dry

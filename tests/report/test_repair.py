@@ -12,7 +12,7 @@ import pytest
 from spot_core.environment import STORAGE_OPTIONS
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import Repair, repair
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.identity import read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -103,7 +103,7 @@ def test_a_second_repair_does_not_overwrite_what_the_first_set_aside(spot: Spot,
 def test_a_damaged_manifest_is_mended(spot: Spot, stored: BuiltRun, where: str) -> None:
     before = _committed(Path(stored.url))
     manifest = Path(stored.url) / layout.manifest(FIRST)
-    digest = resume.read_manifest(stored.remote, FIRST).files[0].digest
+    digest = catalog.read_manifest(stored.remote, FIRST).files[0].digest
     other = ("0" if digest[0] != "0" else "1") + digest[1:]
     manifest.write_text("{" if where == "the whole of it" else manifest.read_text().replace(digest, other))
     assert spot("verify", stored.url).code == 1
@@ -174,13 +174,13 @@ def test_a_folder_that_is_a_checkpoint_nowhere_is_not_brought_back(spot: Spot, s
     for tier in (stored.remote, stored.local):
         tier.delete([layout.manifest(FIRST)])
     assert spot("repair", stored.url, "--from", stored.local.root).code == 0
-    assert resume.names(stored.remote) == [SECOND]
+    assert catalog.names(stored.remote) == [SECOND]
 
 
 def test_what_was_pruned_on_one_tier_is_not_brought_back(spot: Spot, stored: BuiltRun) -> None:
     stored.remote.delete([layout.manifest(FIRST), layout.checkpoint(FIRST)])
     assert "1 had no damage" in spot("repair", stored.url, "--from", stored.local.root).out
-    assert resume.names(stored.remote) == [SECOND]
+    assert catalog.names(stored.remote) == [SECOND]
 
 
 def test_what_a_newer_release_committed_is_left_as_it_is(spot: Spot, stored: BuiltRun) -> None:
@@ -280,8 +280,8 @@ def test_a_crash_while_a_lost_manifest_is_brought_back_is_mended_by_running_agai
                 has_crashed = False
             except SimulatedCrash:
                 has_crashed = True
-            for name in resume.names(remote):
-                resume.verify(remote, resume.read_manifest(remote, name))
+            for name in catalog.names(remote):
+                resume.verify(remote, catalog.read_manifest(remote, name))
             assert _repair(remote, stored.local).is_whole, plan.fired
             assert _committed(remote.root) == sound, plan.fired
     assert nth > 10
@@ -325,7 +325,7 @@ def test_a_crash_at_any_operation_is_mended_by_running_again(stored: BuiltRun, t
             except SimulatedCrash:
                 has_crashed = True
             assert has_crashed == bool(plan.fired)
-            assert set(resume.names(remote)) == {FIRST, SECOND}, plan.fired
+            assert set(catalog.names(remote)) == {FIRST, SECOND}, plan.fired
             assert _repair(remote, stored.local).is_whole, plan.fired
             assert _committed(remote.root) == sound, plan.fired
             assert_run_invariants(stored.local, remote, durable=SECOND)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.signing import Signing
 from tests.report.conftest import Spot
@@ -39,7 +39,7 @@ def forged(signed: BuiltRun) -> CheckpointName:
     stranger = BuiltRun(Path(signed.remote.url))
     stranger.number = signed.number
     name = stranger.commit(2)
-    resume.mark_complete(stranger.local, name, 2)
+    catalog.mark_complete(stranger.local, name, 2)
     return name
 
 
@@ -109,7 +109,7 @@ def test_prune_does_not_count_what_a_stranger_wrote(
     result = spot("prune", signed.url, "--keep", 1, "--signing-key-file", key_file, "--json")
     assert result.code == 0, result.err
     assert result.json["unreadable"] == [str(newest), str(forged)]
-    assert resume.names(signed.remote) == [newest, CheckpointName(1, 4), forged]
+    assert catalog.names(signed.remote) == [newest, CheckpointName(1, 4), forged]
 
 
 def test_a_drain_by_hand_checks_signatures(spot: Spot, signed: BuiltRun, key_file: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_drain_by_hand_checks_signatures(spot: Spot, signed: BuiltRun, key_fil
     stranger.commit(4)
     result = spot("agent", "--once", "--local", local, "--remote", signed.url, "--signing-key-file", key_file)
     assert result.code == 1 and "000001-000000000004" in result.err
-    assert resume.names(signed.remote) == [CheckpointName(1, 3), CheckpointName(1, 1)]
+    assert catalog.names(signed.remote) == [CheckpointName(1, 3), CheckpointName(1, 1)]
 
 
 def test_a_bad_key_file_is_a_wrong_call(spot: Spot, signed: BuiltRun, key_file: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.agent.drain import Drain
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -65,7 +65,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(
     assert {point.when for point in killed} == set(MOMENTS)
     for part in ("os.write(", "os.fsync(", "os.replace(", "os.link(", "os.mkdir(", "os.unlink(", "open("):
         assert any(point.operation.startswith(part) for point in killed), f"nothing died at {part}"
-    whole = resume.read_manifest(PosixTier(finished.folder / "local"), B).files
+    whole = catalog.read_manifest(PosixTier(finished.folder / "local"), B).files
 
     outcomes = set()
     for point in [*killed, finished]:
@@ -83,10 +83,10 @@ def _judge(point: CrashPoint, older: CheckpointName | None, whole: object) -> Ch
     chosen = restored.manifest.name if restored else None
     assert chosen == (B if is_committed else older), point
     if is_committed:
-        assert resume.read_manifest(local, B).files == whole, point
+        assert catalog.read_manifest(local, B).files == whole, point
 
     number = incarnation.claim(local, remote, 0.0)
-    retention.sweep_orphans(local, resume.names(local), before_incarnation=number)
+    retention.sweep_orphans(local, catalog.names(local), before_incarnation=number)
     assert local.list(layout.STAGING) == []
     assert local.list(layout.CHECKPOINTS) == sorted(str(name) for name in (older, B if is_committed else None) if name)
     commit_checkpoint(local, C)
@@ -96,5 +96,5 @@ def _judge(point: CrashPoint, older: CheckpointName | None, whole: object) -> Ch
     drain = Drain(local, remote, incarnation=number, keep_local=1, keep_remote=3)
     while drain.step(lambda *_: None) is not None:
         assert_run_invariants(local, remote, durable=C)
-    assert resume.names(local) == [C]
+    assert catalog.names(local) == [C]
     return chosen

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -126,7 +126,7 @@ def test_a_manifest_is_gone_from_the_disk_before_its_files_are(
 
     monkeypatch.setattr(PosixTier, "delete", delete_when_durable)
     retention.delete_checkpoints(tier, [ONE])
-    assert resume.names(tier) == [TWO]
+    assert catalog.names(tier) == [TWO]
 
 
 def test_a_downloaded_file_is_on_the_disk_when_it_returns(tier: PosixTier, monkeypatch: pytest.MonkeyPatch) -> None:

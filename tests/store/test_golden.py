@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.agent import lives
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout, resume
 from spot_core.store.identity import RunIdentity, check_identity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
@@ -42,7 +42,7 @@ def test_the_same_instance_restores_from_it(stored: PosixTier, tmp_path: Path) -
 
 
 def test_its_manifest_means_what_it_meant(stored: PosixTier) -> None:
-    manifest = resume.read_manifest(stored, NEWEST)
+    manifest = catalog.read_manifest(stored, NEWEST)
     assert manifest.pins == PINNED
     assert (manifest.run, manifest.framework, manifest.native) == ("run", "hf", "checkpoint-300")
     assert (manifest.epoch, manifest.useful_s, manifest.created) == (30.0, 300.0, 1_700_000_300.0)
@@ -56,7 +56,7 @@ def test_the_rest_of_it_is_read(stored: PosixTier) -> None:
     facts = {"trainable shapes": "b1946ac9", "world_size": 2, "per_device_batch": 4}
     check_identity(read_run(stored), RunIdentity("hf", facts), stored.url)
     assert incarnation.newest(stored) == 2
-    assert resume.completions(stored) == {NEWEST: 300}
+    assert catalog.completions(stored) == {NEWEST: 300}
     found = lives.read_lives(stored)
     assert [(life.incarnation, life.outcome, life.step) for life in found] == [
         (1, lives.RUNNING, 200),

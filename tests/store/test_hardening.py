@@ -14,7 +14,7 @@ import pytest
 
 from spot_core.agent.lives import Life, read_lives
 from spot_core.errors import ConfigError, CorruptCheckpointError, TierDeniedError
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import PosixTier, check_usable
@@ -74,7 +74,7 @@ def test_a_link_in_a_checkpoint_is_not_drained_and_not_verified(
     move_away(local.path(LINKS[which]), tmp_path / "elsewhere")
     drain = make_drain(local, remote)
     drain_all(drain)
-    assert drain.refused == {NEW} and resume.names(remote) == []
+    assert drain.refused == {NEW} and catalog.names(remote) == []
     if which != "the manifest":
         assert resume.damaged_files(local, manifest, lambda _: None)
 
@@ -145,7 +145,7 @@ def test_a_run_folder_that_is_a_link_is_the_users_choice(tmp_path: Path) -> None
     drain_all(make_drain(local, remote))
     assert restore(local, remote) == restore(PosixTier(tmp_path / "other"), remote) == NEW
     retention.delete_checkpoints(local, [NEW])
-    assert resume.names(local) == []
+    assert catalog.names(local) == []
 
 
 def test_a_pipe_in_a_checkpoint_is_refused_and_not_waited_for(local: PosixTier, remote: PosixTier) -> None:
@@ -192,7 +192,7 @@ def test_what_a_resume_would_refuse_is_not_committed(local: PosixTier) -> None:
             commit_checkpoint(local, OLD, files=files)
     with pytest.raises(CorruptCheckpointError):
         commit_checkpoint(local, OLD, more={"epoch": float("nan")})
-    assert resume.names(local) == [] and local.list(layout.CHECKPOINTS) == []
+    assert catalog.names(local) == [] and local.list(layout.CHECKPOINTS) == []
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_what_a_resume_would_refuse_is_not_committed(local: PosixTier) -> None:
 
 def announce(tier: Tier, name: CheckpointName, size_bytes: int) -> None:
     """The manifest says that the model has that many bytes."""
-    manifest = resume.read_manifest(tier, name)
+    manifest = catalog.read_manifest(tier, name)
     model, *others = manifest.files
     announced = replace(manifest, files=(FileRecord(model.path, size_bytes, model.digest), *others))
     tier.replace(layout.manifest(name), announced.to_json())
@@ -305,7 +305,7 @@ def test_an_end_of_training_that_makes_no_sense_is_ignored(
 ) -> None:
     commit_checkpoint(remote, NEW)
     remote.create(layout.completion(NEW), body)
-    assert resume.completions(remote) == {}
+    assert catalog.completions(remote) == {}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 

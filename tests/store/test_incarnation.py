@@ -17,7 +17,7 @@ from spot_core.errors import FencedError, TierError
 from spot_core.snapshot.capture import Snapshotter
 from spot_core.snapshot.files import BytesFile
 from spot_core.snapshot.writer import CheckpointWriter, Written
-from spot_core.store import incarnation, layout, posix, resume, retention
+from spot_core.store import catalog, incarnation, layout, posix, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -180,9 +180,9 @@ def test_a_stale_drain_uploads_and_deletes_nothing(local: PosixTier, remote: Pos
     incarnation.claim(PosixTier(tmp_path / "another-instance"), remote, 0.0)
     with pytest.raises(FencedError):
         drain.step(lambda *_: None)
-    assert resume.names(remote) == [CheckpointName(old, 1)]
+    assert catalog.names(remote) == [CheckpointName(old, 1)]
     assert remote.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]
-    assert resume.names(local) == [CheckpointName(old, 2), CheckpointName(old, 1)]
+    assert catalog.names(local) == [CheckpointName(old, 2), CheckpointName(old, 1)]
 
 
 def test_a_drain_that_is_fenced_during_the_upload_writes_no_manifest(
@@ -198,7 +198,7 @@ def test_a_drain_that_is_fenced_during_the_upload_writes_no_manifest(
 
     with pytest.raises(FencedError):
         drain.step(claim_during_the_upload)
-    assert resume.names(remote) == []
+    assert catalog.names(remote) == []
     assert remote.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]  # swept by the newer life
     assert_run_invariants(local, remote)
 
@@ -223,7 +223,7 @@ def test_a_drain_whose_upload_is_swept_by_a_newer_life_is_fenced_at_the_next_att
         drain.step(lambda *_: None)
     with pytest.raises(FencedError):
         drain.step(lambda *_: None)
-    assert resume.names(remote) == []
+    assert catalog.names(remote) == []
 
 
 def test_a_claim_whose_file_is_swept_by_a_newer_life_succeeds_at_the_next_attempt(
@@ -271,7 +271,7 @@ def test_a_stale_writer_commits_nothing_and_leaves_nothing(
         written = _write(local, CheckpointName(old, 2))
     assert isinstance(written.error, FencedError)
     assert not caplog.records  # it surfaces at the next step boundary, with its own message
-    assert resume.names(local) == [CheckpointName(old, 1)]
+    assert catalog.names(local) == [CheckpointName(old, 1)]
     assert local.list(layout.CHECKPOINTS) == [str(CheckpointName(old, 1))]
     assert local.list(layout.STAGING) == []
 
@@ -289,9 +289,9 @@ def test_a_writer_that_failed_at_the_manifest_can_write_the_same_step_again(
     monkeypatch.setattr(PosixTier, "create", full)
     assert isinstance(_write(local, CheckpointName(number, 1)).error, TierError)
     monkeypatch.setattr(PosixTier, "create", create)
-    assert resume.names(local) == []
+    assert catalog.names(local) == []
     assert _write(local, CheckpointName(number, 1), path="other.bin").error is None
-    manifest = resume.read_manifest(local, CheckpointName(number, 1))
+    manifest = catalog.read_manifest(local, CheckpointName(number, 1))
     resume.verify(local, manifest)
     assert local.list(f"{layout.checkpoint(manifest.name)}") == ["other.bin"]
 
@@ -300,7 +300,7 @@ def test_a_committed_name_is_never_written_over(local: PosixTier, remote: PosixT
     number = incarnation.claim(local, remote, 0.0)
     name = CheckpointName(number, 1)
     commit_checkpoint(local, name)
-    before = resume.read_manifest(local, name)
+    before = catalog.read_manifest(local, name)
     assert _write(local, name).error is not None
-    assert resume.read_manifest(local, name) == before
+    assert catalog.read_manifest(local, name) == before
     resume.verify(local, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import CorruptCheckpointError
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -58,7 +58,7 @@ def _claim_a_life_here_that_is_not_there(local: PosixTier, remote: PosixTier) ->
 
 def _end_at_other_steps(local: PosixTier, remote: PosixTier) -> None:
     for tier, steps in ((local, 20), (remote, 21)):
-        resume.mark_complete(tier, TWO, steps)
+        catalog.mark_complete(tier, TWO, steps)
 
 
 def _tear_a_completion_record(local: PosixTier, remote: PosixTier) -> None:
@@ -146,6 +146,6 @@ def test_what_a_crash_left_is_found_once_it_should_have_been_swept(
 
 def test_an_end_at_a_checkpoint_that_is_gone_is_found(both: tuple[PosixTier, PosixTier]) -> None:
     local, _ = both
-    resume.mark_complete(local, CheckpointName(1, 30), 30)
+    catalog.mark_complete(local, CheckpointName(1, 30), 30)
     with pytest.raises(AssertionError, match="which is gone"):
         assert_swept(local, before_incarnation=2)

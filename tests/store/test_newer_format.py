@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from spot_core.errors import CorruptCheckpointError, NewerFormatError, TierError
-from spot_core.store import layout, resume
+from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FORMAT_VERSION
 from spot_core.store.posix import PosixTier
@@ -70,7 +70,7 @@ def test_where_nothing_else_is_left_it_is_no_fresh_start(where: str, local: Posi
         restore(local, remote)
     assert tree(tier.root) == before
     with pytest.raises(NewerFormatError):
-        resume.read_manifest(tier, NEW)
+        catalog.read_manifest(tier, NEW)
 
 
 def test_retention_deletes_it_on_neither_tier_and_tells_so_once(
@@ -83,7 +83,7 @@ def test_retention_deletes_it_on_neither_tier_and_tells_so_once(
     for name in (NEW, NEWEST):
         commit_checkpoint(local, name)
         drain_all(drain)
-    assert resume.names(local) == resume.names(remote) == [NEWEST, OLD]
+    assert catalog.names(local) == catalog.names(remote) == [NEWEST, OLD]
     assert caplog.text.count(f"checkpoint {OLD} stays where it is") == 1
 
 
@@ -96,7 +96,7 @@ def test_the_drain_leaves_it_to_a_newer_release(
     assert drain_all(make_drain(local, remote)) == [OLD]
     assert f"local checkpoint {NEW} is of a newer format and is not drained" in caplog.text
     assert "damaged" not in caplog.text
-    assert resume.names(local) == [NEW, OLD]
+    assert catalog.names(local) == [NEW, OLD]
 
 
 def test_a_full_disk_does_not_cost_it(local: PosixTier) -> None:
@@ -105,7 +105,7 @@ def test_a_full_disk_does_not_cost_it(local: PosixTier) -> None:
     make_newer(local, OLD)
     with pytest.raises(TierError, match="no room"):
         make_room(local, 1 << 60, durable={OLD, NEW, NEWEST})
-    assert resume.names(local) == [NEWEST, OLD]
+    assert catalog.names(local) == [NEWEST, OLD]
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])

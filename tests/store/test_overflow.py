@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import TierError
-from spot_core.store import layout, memory, overflow, resume
+from spot_core.store import catalog, layout, memory, overflow
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import PLACE, Overflow, room_bytes
 from spot_core.store.posix import PosixTier
@@ -101,21 +101,21 @@ def test_clearing_keeps_what_is_wanted_and_what_is_being_written(over: Overflow)
     tier = over.make()
     for name in (ONE, TWO):
         commit_checkpoint(tier, name)
-    resume.mark_complete(tier, ONE, 10)
+    catalog.mark_complete(tier, ONE, 10)
     (tier.stage(THREE) / "half").write_bytes(b"half")
     tier.path(f"{layout.STAGING}/resume-7").mkdir()
     os.link(tier.path(layout.manifest(ONE)), tier.path(f"{layout.STAGING}/resume-7/linked"))
     over.clear(but=[TWO])
     assert over.names() == [TWO] and tier.list(layout.CHECKPOINTS) == [str(TWO)]
     assert tier.list(layout.STAGING) == [str(THREE)], "links of a resume keep the memory of what is deleted"
-    assert resume.completions(tier) == {ONE: 10}, "it may not have been drained"
+    assert catalog.completions(tier) == {ONE: 10}, "it may not have been drained"
 
 
 def test_the_end_of_a_life_gives_everything_back(over: Overflow, memory: Path) -> None:
     tier = over.make()
     for name in (ONE, TWO):
         commit_checkpoint(tier, name)
-    resume.mark_complete(tier, TWO, 20)
+    catalog.mark_complete(tier, TWO, 20)
     tier.stage(THREE)
     tier.path(layout.JOURNAL).mkdir()
     tier.path(f"{layout.JOURNAL}/000001.agent.json").write_text("{}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import CorruptCheckpointError, TierDeniedError, TierError
-from spot_core.store import incarnation, layout, resume, retention
+from spot_core.store import catalog, incarnation, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
@@ -37,7 +37,7 @@ def assert_restored(local: PosixTier, remote: Tier, name: CheckpointName, source
     assert (restored.manifest.name, restored.source) == (name, source)
     for path, content in content_of(name).items():
         assert local.read(f"{layout.checkpoint(name)}/{path}") == content
-    assert resume.read_manifest(local, name) == restored.manifest
+    assert catalog.read_manifest(local, name) == restored.manifest
     assert local.list(layout.STAGING) == []
 
 
@@ -64,7 +64,7 @@ def test_a_higher_incarnation_beats_a_higher_step(local: PosixTier, remote: Posi
     """The newer life resumed from below the step that the older one went on to reach before it was fenced."""
     for name in (CheckpointName(2, 5), CheckpointName(1, 9000)):
         commit_checkpoint(local, name)
-    assert resume.names(local) == [CheckpointName(2, 5), CheckpointName(1, 9000)]
+    assert catalog.names(local) == [CheckpointName(2, 5), CheckpointName(1, 9000)]
     commit_checkpoint(remote, CheckpointName(2, 10))
     assert_restored(local, remote, CheckpointName(2, 10), "remote")
 
@@ -200,7 +200,7 @@ def test_a_damaged_remote_copy_gives_way_to_the_next_older_one(
     restored = restore(local, remote)
     assert restored is not None and (restored.manifest.name, restored.source) == (OLD, "remote")
     assert [record.getMessage() for record in caplog.records if str(NEW) in record.getMessage()]
-    assert resume.names(local) == [OLD]
+    assert catalog.names(local) == [OLD]
     assert tree(remote.root) == before
 
 
@@ -259,7 +259,7 @@ class SupersededRemote(PosixTier):
         if self._left > 0 and path.startswith(layout.MANIFESTS):
             self._left -= 1
             agents = PosixTier(self.root)
-            before = resume.names(agents)
+            before = catalog.names(agents)
             manifest = commit_checkpoint(agents, CheckpointName(1, before[0].step + 10))
             if not self._is_sound:
                 _flip_a_bit(agents, manifest)
@@ -286,7 +286,7 @@ def test_an_agent_that_is_always_faster_is_not_chased_for_ever(local: PosixTier,
     commit_checkpoint(remote, OLD)
     with pytest.raises(CorruptCheckpointError, match="none is valid"):
         restore(local, SupersededRemote(remote.root, times=1_000))
-    assert len(resume.names(remote)) == 1
+    assert len(catalog.names(remote)) == 1
 
 
 # -- a tier that cannot be read --------------------------------------------------------------------------------

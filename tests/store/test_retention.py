@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spot_core.store import layout, resume, retention
+from spot_core.store import catalog, layout, resume, retention
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.testing.checkpoints import commit_checkpoint
@@ -104,19 +104,19 @@ def test_what_refers_to_another_goes_before_that_one(tier: PosixTier) -> None:
     plan = FaultPlan.crash_at(2, "after")
     with pytest.raises(SimulatedCrash):
         retention.delete_checkpoints(FaultyTier(tier, plan), [ONE, TWO])
-    assert resume.names(tier) == [ONE]
+    assert catalog.names(tier) == [ONE]
 
 
 def test_the_manifest_goes_before_the_files(tier: PosixTier) -> None:
     for name in ALL:
         commit_checkpoint(tier, name)
-    resume.mark_complete(tier, ONE, 1)
+    catalog.mark_complete(tier, ONE, 1)
     plan = FaultPlan()
     retention.delete_checkpoints(FaultyTier(tier, plan), [ONE, TWO])
     assert plan.operations[:2] == [f"remote.delete {layout.manifest(TWO)}", f"remote.delete {layout.checkpoint(TWO)}"]
-    assert resume.names(tier) == [FOUR, THREE]
+    assert catalog.names(tier) == [FOUR, THREE]
     assert tier.list(layout.CHECKPOINTS) == [str(THREE), str(FOUR)]
-    assert resume.completions(tier) == {}
+    assert catalog.completions(tier) == {}
 
 
 def test_a_sweep_takes_what_crashes_of_earlier_lives_left_and_nothing_else(tier: PosixTier) -> None:
@@ -127,10 +127,10 @@ def test_a_sweep_takes_what_crashes_of_earlier_lives_left_and_nothing_else(tier:
         tier.create(f"{layout.STAGING}/{name}/file", b"half")
     for path in ("checkpoints/notes/readme", "staging/resume-77/model.bin", "else/000001-000000000001/x"):
         tier.create(path, b"not ours")
-    swept = retention.sweep_orphans(tier, resume.names(tier), before_incarnation=2)
+    swept = retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=2)
     assert swept == 2
     alive = [str(CheckpointName(2, 5)), str(CheckpointName(3, 6))]
     assert tier.list(layout.CHECKPOINTS) == [str(ONE), *alive, "notes"]
     assert tier.list(layout.STAGING) == [*alive, "resume-77"]
     assert tier.list("else/000001-000000000001") == ["x"]
-    resume.verify(tier, resume.read_manifest(tier, ONE))
+    resume.verify(tier, catalog.read_manifest(tier, ONE))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spot_core.errors import CorruptCheckpointError
-from spot_core.store import incarnation, layout, resume
+from spot_core.store import catalog, incarnation, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
@@ -117,7 +117,7 @@ def test_an_old_checkpoint_under_a_newer_name_does_not_verify(remote: PosixTier,
     body = remote.read(layout.manifest(OLD)).replace(str(OLD).encode(), str(newest).encode())
     stranger.replace(layout.manifest(newest), body.replace(b'"step": 10', b'"step": 999'))
     with pytest.raises(CorruptCheckpointError, match=NOT_SIGNED):
-        resume.read_manifest(remote, newest)
+        catalog.read_manifest(remote, newest)
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -144,14 +144,14 @@ def test_nothing_in_a_signed_manifest_can_be_changed(remote: PosixTier, change: 
     commit_checkpoint(remote, NEW)
     rewrite(remote, layout.manifest(NEW), CHANGES[change])
     with pytest.raises(CorruptCheckpointError, match=NOT_SIGNED):
-        resume.read_manifest(remote, NEW)
+        catalog.read_manifest(remote, NEW)
 
 
 def test_the_same_content_in_another_spelling_verifies(remote: PosixTier) -> None:
     """Signed is what the JSON means, not its spaces."""
     manifest = commit_checkpoint(remote, NEW)
     rewrite(remote, layout.manifest(NEW), lambda body: None)
-    assert resume.read_manifest(remote, NEW) == manifest
+    assert catalog.read_manifest(remote, NEW) == manifest
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"7", b"null", b"\xff", b"[" * 100_000, b'{"signature": NaN}'])
@@ -168,26 +168,26 @@ def test_a_stranger_cannot_make_a_run_look_finished(
 ) -> None:
     for name in (OLD, NEW):
         commit_checkpoint(remote, name)
-    resume.mark_complete(stranger, NEW, 20)
-    assert resume.completions(remote) == {}
+    catalog.mark_complete(stranger, NEW, 20)
+    assert catalog.completions(remote) == {}
     assert f"{NEW}.complete.json does not count as the end of training" in caplog.text and NOT_SIGNED in caplog.text
 
 
 def test_the_end_of_training_is_signed(remote: PosixTier, stranger: PosixTier) -> None:
     commit_checkpoint(remote, NEW)
-    resume.mark_complete(remote, NEW, 20)
-    assert resume.completions(remote) == resume.completions(stranger) == {NEW: 20}
+    catalog.mark_complete(remote, NEW, 20)
+    assert catalog.completions(remote) == catalog.completions(stranger) == {NEW: 20}
     for change in (lambda body: body.update(max_steps=10), lambda body: body.pop("signature")):
         rewrite(remote, layout.completion(NEW), change)
-        assert resume.completions(remote) == {}
+        assert catalog.completions(remote) == {}
 
 
 def test_the_end_of_another_checkpoint_does_not_verify(remote: PosixTier, stranger: PosixTier) -> None:
     for name in (OLD, NEW):
         commit_checkpoint(remote, name)
-    resume.mark_complete(remote, OLD, 20)
+    catalog.mark_complete(remote, OLD, 20)
     stranger.create(layout.completion(NEW), remote.read(layout.completion(OLD)))
-    assert resume.completions(remote) == {OLD: 20}
+    assert catalog.completions(remote) == {OLD: 20}
 
 
 # -- keys ------------------------------------------------------------------------------------------------------
@@ -197,11 +197,11 @@ def test_after_a_rotation_the_new_key_signs_and_both_verify(tmp_path: Path) -> N
     commit_checkpoint(tier_of(tmp_path, OLD_KEY), OLD)
     rotated = tier_of(tmp_path, KEY, OLD_KEY)
     commit_checkpoint(rotated, NEW)
-    assert [resume.read_manifest(rotated, name).name for name in (OLD, NEW)] == [OLD, NEW]
-    assert resume.read_manifest(tier_of(tmp_path, KEY), NEW).name == NEW
+    assert [catalog.read_manifest(rotated, name).name for name in (OLD, NEW)] == [OLD, NEW]
+    assert catalog.read_manifest(tier_of(tmp_path, KEY), NEW).name == NEW
     for keys, name in (((OLD_KEY,), NEW), ((KEY,), OLD)):
         with pytest.raises(CorruptCheckpointError, match="Add the earlier one to the key file"):
-            resume.read_manifest(tier_of(tmp_path, *keys), name)
+            catalog.read_manifest(tier_of(tmp_path, *keys), name)
 
 
 def test_without_a_key_signed_checkpoints_are_read(local: PosixTier, remote: PosixTier, stranger: PosixTier) -> None:
@@ -209,7 +209,7 @@ def test_without_a_key_signed_checkpoints_are_read(local: PosixTier, remote: Pos
     restored = restore(PosixTier(local.root), stranger)
     assert restored is not None and restored.manifest.is_signed
     commit_checkpoint(stranger, OLD)
-    assert not resume.read_manifest(stranger, OLD).is_signed
+    assert not catalog.read_manifest(stranger, OLD).is_signed
 
 
 def test_without_a_key_nothing_is_signed(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_an_unsigned_local_commit_is_not_drained(
     commit_checkpoint(PosixTier(local.root), NEW)
     drain = make_drain(local, remote)
     drain_all(drain)
-    assert resume.names(remote) == [OLD] and drain.refused == {NEW}
+    assert catalog.names(remote) == [OLD] and drain.refused == {NEW}
     assert NOT_SIGNED in caplog.text
 
 
@@ -272,7 +272,7 @@ def test_a_stranger_cannot_have_real_checkpoints_deleted(
     drain = make_drain(local, remote, keep_local=1, keep_remote=2)
     drain_all(drain)
     assert drain.durable == {OLD, NEW}
-    assert {OLD, NEW} < set(resume.names(remote))
+    assert {OLD, NEW} < set(catalog.names(remote))
     restored = restore(tier_of(local.root.with_name("new"), KEY), remote)
     assert restored is not None and restored.manifest.name == NEW
 
@@ -285,10 +285,10 @@ def test_signed_on_s3(tmp_path: Path, s3_server: S3Server) -> None:
     local, remote = tier_of(tmp_path / "a", KEY), open_tier(url, s3_server.options, (KEY,))
     incarnation.claim(local, remote, 0.0)
     commit_checkpoint(local, OLD)
-    resume.mark_complete(local, OLD, 10)
+    catalog.mark_complete(local, OLD, 10)
     drain_all(make_drain(local, remote))
     assert remote.read(layout.manifest(OLD)) == local.read(layout.manifest(OLD))
-    assert resume.completions(remote) == {OLD: 10}
+    assert catalog.completions(remote) == {OLD: 10}
     stranger = open_tier(url, s3_server.options)
     unsigned = PosixTier(tmp_path / "stranger")
     manifest = commit_checkpoint(unsigned, NEW)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spot_core.errors import CommitConflictError, CommitUnknownError, ConfigError, TierDeniedError, TierError
-from spot_core.store import incarnation, layout
+from spot_core.store import incarnation, layout, s3
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.store.tier import Tier, digest_file, open_tier
@@ -71,6 +71,14 @@ class TestS3Tier(TierContract):
         assert isinstance(tier, FsspecTier)
         bucket = tier.url.removeprefix("s3://").partition("/")[0]
         assert not tier._fs.list_multipart_uploads(bucket)
+
+    def test_a_listing_takes_the_pages_it_needs(self, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(s3, "PAGE_KEYS", 2)
+        whole = [f"{number}.json" for number in range(7)]
+        for name in whole:
+            tier.create(f"manifests/{name}", b"content")
+        assert tier.list("manifests", most=5) == whole[:5]
+        assert tier.list("manifests", after=whole[1], most=4) == whole[2:6]
 
 
 class TestOverwritingS3Tier(TierContract):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spot_core.errors import ConfigError, TierError
-from spot_core.store import resume, volume
+from spot_core.store import catalog, volume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier, check_usable
 from spot_core.store.volume import describe_place, file_system, make_room
@@ -31,10 +31,10 @@ class Volume:
 
     def __init__(self, tier: PosixTier, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.unit, self.total = 1_000_000, 1
-        held = len(resume.names(tier))
+        held = len(catalog.names(tier))
 
         def disk_usage(folder: Path) -> object:
-            gone = held - len(resume.names(tier))
+            gone = held - len(catalog.names(tier))
             return shutil._ntuple_diskusage(self.total, 0, (free + gone) * self.unit)  # type: ignore[attr-defined]
 
         monkeypatch.setattr(shutil, "disk_usage", disk_usage)
@@ -58,7 +58,7 @@ def test_the_oldest_durable_go_first_and_only_as_many_as_needed(
 ) -> None:
     Volume(tier, 0, monkeypatch)
     assert make_room(tier, 1_500_000, durable={ONE, TWO, THREE, FOUR}) == [ONE, TWO]
-    assert resume.names(tier) == [FOUR, THREE]
+    assert catalog.names(tier) == [FOUR, THREE]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused_and_what_must_stay_stays(
     with pytest.raises(TierError, match=f"no room in {tier.url}: 20.4 MB needed, .* MB free") as caught:
         make_room(tier, 20_000_000, durable=durable, pinned=pinned)
     assert caught.value.errno == errno.ENOSPC
-    assert set(resume.names(tier)) == stay
+    assert set(catalog.names(tier)) == stay
 
 
 def test_what_a_local_checkpoint_refers_to_stays_until_that_one_goes(
@@ -97,7 +97,7 @@ def test_what_a_local_checkpoint_refers_to_stays_until_that_one_goes(
     assert make_room(tier, 900_000, durable={ONE, TWO, THREE, FOUR}) == [TWO]
     with pytest.raises(TierError):
         make_room(tier, 20_000_000, durable={ONE, TWO, THREE, FOUR}, pinned={THREE})
-    assert resume.names(tier) == [FOUR, THREE]
+    assert catalog.names(tier) == [FOUR, THREE]
 
 
 def test_a_file_system_that_does_not_tell_its_size_is_tried(tier: PosixTier, monkeypatch: pytest.MonkeyPatch) -> None:
