@@ -146,7 +146,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
         self._has_new_best = False
         self._is_finished = False
 
-    def broke_off(self, error: RuntimeError) -> None:
+    def broke_off(self, error: Exception) -> None:
         """Training ended with an error. Raises Preempted if a signal is the cause."""
         if self._session is not None:
             self._session.end_if_signalled(error)

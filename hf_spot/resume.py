@@ -138,10 +138,11 @@ def _train_protected(
             return original(str(restored.view) if restored else wanted)
         except AlreadyFinished:
             return _finished_output(trainer)
+        except Exception as broken:
+            callback.broke_off(broken)
+            raise
     except BaseException as caught:
         error = caught
-        if isinstance(caught, RuntimeError):
-            callback.broke_off(caught)
         raise
     finally:
         trainer.args.ignore_data_skip = skips_data

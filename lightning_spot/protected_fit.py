@@ -151,7 +151,7 @@ class ProtectedFit:
         if self._live is not None and self._session is not None:
             self._session.moves()
 
-    def broke_off(self, error: RuntimeError) -> None:
+    def broke_off(self, error: Exception) -> None:
         """Training ended with an error. Raises Preempted if a signal is the cause."""
         if self._session is not None:
             self._session.end_if_signalled(error)

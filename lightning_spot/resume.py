@@ -109,7 +109,7 @@ def _run(protected: ProtectedFit, call: Callable[..., None], *args: Any) -> None
     """Call, with the end that a signal to the loader's workers brings taken for what it is."""
     try:
         call(*args)
-    except RuntimeError as error:
+    except Exception as error:
         protected.broke_off(error)
         raise
 

@@ -275,7 +275,7 @@ class Session:
 
     def end_if_signalled(self, error: Exception) -> None:
         """Training broke off: raise Preempted if that is since the signal reached the loader's workers too."""
-        if self._checkpoints is None or self.signals.noticed_at is None or "DataLoader worker" not in str(error):
+        if self._checkpoints is None or not self.signals.has_ended_workers(error):
             return
         capture = self._stand_in.capture
         with self._stand_in:
@@ -316,7 +316,12 @@ class Session:
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. error: what ended training, None if it returned."""
-        self.signals.uninstall()
+        try:
+            self._close(error)
+        finally:  # until then another signal changes nothing
+            self.signals.uninstall(is_leaving=isinstance(error, Preempted) and self.config.on_preempt == "exit")
+
+    def _close(self, error: BaseException | None) -> None:
         self._snapshotter.gate()
         if self._checkpoints is not None:
             self._checkpoints.close()

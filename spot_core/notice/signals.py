@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
@@ -92,15 +93,24 @@ class SignalWatcher:
             names = ", ".join(signum.name for signum in self._chained)
             logger.warning("not in the main thread: %s is not watched, a preemption will look like a kill", names)
 
-    def uninstall(self) -> None:
+    def uninstall(self, *, is_leaving: bool = False) -> None:
+        """Put the handlers back. is_leaving: not the one by which PyTorch tells that a worker has died: the process is
+        about to end, with a code of its own."""
+        if is_leaving:
+            self._previous.pop(signal.SIGCHLD, None)
         for signum, previous in self._previous.items():
             if signal.getsignal(signum) in {self._on_signal, signal.SIG_DFL}:
                 signal.signal(signum, previous if previous is not None else signal.SIG_DFL)
         self._previous.clear()
 
+    def has_ended_workers(self, error: Exception) -> bool:
+        """Whether a signal came, and `error` is what PyTorch raises where it has ended a loader's workers too."""
+        return self.noticed_at is not None and _is_of_workers(error)
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._end is not None:
-            raise self._end
+            end, self._end = self._end, None  # once: a second one must not break off the unwinding
+            raise end
         if self.noticed_at is None:
             self.noticed_at = time.monotonic()
             # The signal may have gone to the whole group. PyTorch then raises that a loader's worker has died, wherever
@@ -110,3 +120,16 @@ class SignalWatcher:
         chained = self._chained.get(signal.Signals(signum))
         if callable(chained):
             chained(signum, frame)
+
+
+def _is_of_workers(error: Exception) -> bool:
+    """Whether `error` says that a loader's worker has died, or comes from taking over a batch from one that has."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)  # not what the dataset raises in one
+    if not isinstance(error, (EOFError, OSError)):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    is_of_loader = any(module.startswith("torch.utils.data.") for module in modules)
+    is_taken_over = any(module.startswith("multiprocessing.") for module in modules) or "pin memory" in str(error)
+    return is_of_loader and is_taken_over

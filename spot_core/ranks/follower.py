@@ -83,13 +83,13 @@ class Follower:
 
     def end_if_signalled(self, error: Exception) -> None:
         """Training broke off: raise Preempted if that is since a signal reached the loader's workers too."""
-        if self.signals.noticed_at is not None and "DataLoader worker" in str(error):
+        if self.signals.has_ended_workers(error):
             raise Preempted(self.config.preempt_exit_code)  # rank 0 may be waiting for this one: it is not waited for
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. error: what ended training, None if it returned."""
-        self.signals.uninstall()
         self._team.close()
+        self.signals.uninstall(is_leaving=isinstance(error, Preempted) and self.config.on_preempt == "exit")
 
     def _hand_over(self, capture: Callable[[], Capture]) -> None:
         content = capture()
