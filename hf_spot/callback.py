@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_spot import resume
 from hf_spot.state import LiveState
+from spot_core.agent.launch import start_early
 from spot_core.config import SpotConfig
 from spot_core.data import workers
 from spot_core.data.position import DataPosition
@@ -113,7 +114,7 @@ class SpotCallback(TrainerCallback):  # type: ignore[misc]
             "storage_options": storage_options,
             "signing_key_file": signing_key_file,
         }
-        self.config(output_dir=".")  # a bad option is an error here, not hours later
+        start_early(self.config(output_dir="."))  # a bad option is an error here, not hours later
         self.is_preempted = False  # `train()` was ended by a preemption, and returned since on_preempt is "return"
         self._session: AnySession | None = None
         self._trainer: Trainer | None = None

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_spot.identity import check_supported, device_of, run_identity, versions
 from hf_spot.state import TRAINER_STATE, read_own_state
 from hf_spot.weights import live_weights
-from spot_core.agent.client import EarlyAgent
+from spot_core.agent.launch import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint, expected_bytes

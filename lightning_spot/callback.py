@@ -1,6 +1,7 @@
 """`SpotCallback`: the options, and Lightning's hooks passed on to the `fit` that is protected.
 
-Holds no policy and no storage, and draws no random number. Nothing happens outside `fit`.
+Holds no policy and no storage, and draws no random number. Outside `fit` nothing is read, written or changed: an agent
+that is started early waits to be asked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from lightning_spot.namespaces import callback_base
 from lightning_spot.protected_fit import ProtectedFit
 from lightning_spot.resume import install
+from spot_core.agent.launch import start_early
 from spot_core.config import SpotConfig
 from spot_core.errors import ConfigError
 
@@ -123,7 +125,7 @@ class SpotCallback(_Callback):  # type: ignore[misc]
         self.is_preempted = False  # `fit` was ended by a preemption, and returned since on_preempt is "return"
         install()
         try:
-            self.config(".")  # a bad option is an error here, not hours later
+            start_early(self.config("."))  # a bad option is an error here, not hours later
         except ConfigError:
             if not _is_built_by_cli():
                 raise

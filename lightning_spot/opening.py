@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_spot.identity import run_identity, versions
 from lightning_spot.weights import FrozenBase
-from spot_core.agent.client import EarlyAgent
+from spot_core.agent.launch import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.handover import expected_bytes
 from spot_core.opening import AnySession, open_on_each, open_session

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from spot_core.agent.client import AgentClient, EarlyAgent
+from spot_core.agent.client import AgentClient
+from spot_core.agent.launch import EarlyAgent
 from spot_core.config import SpotConfig
 from spot_core.errors import ConfigError, shown
 from spot_core.ranks.follower import Follower

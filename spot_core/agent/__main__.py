@@ -1,17 +1,19 @@
-"""Entry point of the agent process: one JSON request on standard input, events on standard output until opened.
+"""Entry point of the agent process: JSON requests on standard input, events on standard output until a run is opened.
 
-Its arguments are the schemes of the URLs in the request, whose file systems are loaded while it is waited for. The
-request comes on standard input, never in arguments or the environment: it holds storage options and signing keys.
+Its arguments are the schemes of the URLs to come, whose file systems are loaded while a request is waited for. Those
+come on standard input, never in arguments or the environment: they hold storage options and signing keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
 import platform
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +39,7 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
-from spot_core.store.tier import Tier, open_tier, preload
+from spot_core.store.tier import ObjectStore, Tier, open_tier, preload
 
 
 class _EventHandler(logging.Handler):
@@ -86,14 +88,10 @@ def main() -> int:
     with _events() as stream:
         for scheme in sys.argv[1:]:
             preload(scheme)
-        line = sys.stdin.readline()
-        if not line:
-            return 0  # the trainer ended before it knew what to ask for
-        request = json.loads(line)
         relay = _EventHandler(stream)
         logging.getLogger("spot_core").addHandler(relay)
         try:
-            agent = _open(request, stream)
+            agent = _serve(stream)
         except SpotError as error:
             _send(stream, event="error", kind=type(error).__name__, message=_message(error))
             return 1
@@ -104,15 +102,46 @@ def main() -> int:
     return agent.run() if agent is not None else 0
 
 
-def _open(request: dict[str, Any], stream: TextIO) -> Agent | None:
+def _serve(stream: TextIO) -> Agent | None:
+    """Answer until a run is to be opened, and return its agent; None if the trainer wants no life, or has ended."""
+    remote: Tier | None = None
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        _take_over(request["environment"])
+        keys = tuple(request["signing_keys"])
+        local = PosixTier(request["local"], Signing(request["run"], keys))
+        remote = remote or open_tier(request["remote"], request["storage_options"], keys)
+        if request["ask"] == "connect":
+            threading.Thread(target=_connect, args=(remote,), daemon=True).start()
+        elif request["ask"] == "peek":
+            newest = opening.newest_manifest(local, remote)
+            _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
+            remote = None
+        else:
+            return _open(request, stream, local, remote)
+    return None
+
+
+def _take_over(environment: dict[str, str]) -> None:
+    """Bring the environment to what the trainer's is now: it may have changed since this process was started."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    os.environ.update(changed)
+    if (fsspec := sys.modules.get("fsspec")) is not None:
+        fsspec.config.set_conf_env(fsspec.config.conf, changed)  # it reads its variables only when it is loaded
+
+
+def _connect(remote: Tier) -> None:
+    """What is wrong is told when the run is opened."""
+    if isinstance(remote, ObjectStore):
+        with contextlib.suppress(Exception):
+            remote.connect()
+
+
+def _open(request: dict[str, Any], stream: TextIO, local: PosixTier, remote: Tier) -> Agent | None:
     """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
     keys = tuple(request["signing_keys"])
-    local = PosixTier(request["local"], Signing(request["run"], keys))
-    remote = open_tier(request["remote"], request["storage_options"], keys)
-    if request.get("peek"):
-        newest = opening.newest_manifest(local, remote)
-        _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
-        return None
     background = ThreadPoolExecutor(1)  # a metadata service may take its time: it is asked while the run is opened
     asked = background.submit(read_instance, os.environ)
     background.shutdown(wait=False)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from spot_core import errors
+from spot_core.agent import launch
+from spot_core.agent.launch import AgentProcess, EarlyAgent
 from spot_core.agent.lives import Life
 from spot_core.cadence.hazard import Evidence
 from spot_core.cadence.record import evidence_from_json
 from spot_core.config import SpotConfig
-from spot_core.environment import STORAGE_OPTIONS
 from spot_core.errors import AgentError, SpotError
-from spot_core.keys import SIGNING_KEY, describe_key_file
+from spot_core.keys import describe_key_file
 from spot_core.notice.instance import Instance
 from spot_core.progress import byte_bar
 from spot_core.store.identity import RunIdentity
@@ -54,31 +52,6 @@ class OpenedRun:
     fleet: Evidence
 
 
-class EarlyAgent:
-    """An agent that loads what it will need while the trainer still finds out what to ask it: a base is being read.
-
-    Ends with its block unless a session has taken it.
-    """
-
-    def __init__(self, config: SpotConfig) -> None:
-        self._process: subprocess.Popen[str] | None = _start_process(config)
-
-    def take(self) -> subprocess.Popen[str] | None:
-        """The process, which is the caller's from here on; None if it was taken."""
-        process, self._process = self._process, None
-        return process
-
-    def __enter__(self) -> EarlyAgent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        process = self.take()
-        if process is not None:
-            process.kill()  # it was asked for nothing, and has done nothing
-            _release(process)
-            process.wait()
-
-
 class AgentClient:
     """Owns the agent process of one life. Used by the trainer's main thread at start, its writer thread later."""
 
@@ -88,7 +61,7 @@ class AgentClient:
         self._config = config
         self._identity = identity
         self.started_unix_s, self.began = time.time(), time.monotonic()
-        self._process: subprocess.Popen[str] | None = None
+        self._process: AgentProcess | None = None
         self._restored: str | None = None
         self.incarnation: int | None = None
         self.overflow = Overflow(None)
@@ -152,10 +125,10 @@ class AgentClient:
                 return opened
         process = self._process
         assert process is not None
-        _tell(process, "claim")
+        launch.ask(process, "claim", {})
         event = _await(process, "claimed")
         self._found_overflow(event)
-        _release(process)
+        launch.release(process)
         return event
 
     def _found_overflow(self, event: dict[str, Any]) -> None:
@@ -173,7 +146,7 @@ class AgentClient:
     def dismiss(self) -> None:
         """Let go of an agent that never claimed a life: closing its input ends it."""
         if self._process is not None:
-            _release(self._process)
+            launch.release(self._process)
 
     def _until_not_killed(self, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         for is_last in (*[False] * _RESTARTS_AT_START, True):
@@ -192,11 +165,7 @@ class AgentClient:
 
     def _start(self, incarnation: int | None) -> dict[str, Any]:
         request = {
-            "local": str(self.run_folder),
-            "remote": self._config.remote,
-            "storage_options": dict(self._config.storage_options),
-            "run": self._config.run,
-            "signing_keys": list(self._config.signing_keys),
+            **launch.place(self._config),
             "framework": self._identity.framework,
             "facts": dict(self._identity.facts),
             "incarnation": incarnation,
@@ -221,12 +190,12 @@ class AgentClient:
             "log_level": logging.getLogger("spot_core").getEffectiveLevel(),
         }
         early = self._early.take() if self._early is not None else None
-        self._process = process = early or _start_process(self._config)
-        _tell(process, json.dumps(request))
+        self._process = process = early or launch.start(self._config)
+        launch.ask(process, "open", request)
         event = _await(process, "opened")
         self._found_overflow(event)
         if event["incarnation"] is not None:
-            _release(process)
+            launch.release(process)
         return event
 
 
@@ -237,48 +206,19 @@ def stored_loggers(config: SpotConfig) -> dict[str, str]:
     """
     if not config.resume:
         return {}
-    request = {
-        "peek": True,
-        "local": str(Path(str(config.local)) / config.run),
-        "remote": config.remote,
-        "storage_options": dict(config.storage_options),
-        "run": config.run,
-        "signing_keys": list(config.signing_keys),
-    }
-    process = _start_process(config)
-    _tell(process, json.dumps(request))
+    process = launch.start(config)
+    launch.ask(process, "peek", launch.place(config))
     try:
-        return dict(_await(process, "peeked")["loggers"])
+        found = dict(_await(process, "peeked")["loggers"])
     except SpotError as error:
         logger.debug("the stored tracker ids could not be read: %s", error)
+        launch.end(process)
         return {}
-    finally:
-        _release(process)
-        process.wait()
+    launch.give_back(process, config)
+    return found
 
 
-def _start_process(config: SpotConfig) -> subprocess.Popen[str]:
-    """An agent that waits to be told what to do, and meanwhile loads what opens the places it will be told of."""
-    urls = [url for url in (config.remote, config.fleet) if url]
-    # Its own session: a signal to the trainer's process group must not end the drain.
-    return subprocess.Popen(
-        [sys.executable, "-m", "spot_core.agent", *{url.partition("://")[0] for url in urls if "://" in url}],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=_environment(),
-    )
-
-
-def _tell(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died; waiting for its event tells why
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-
-
-def _await(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
+def _await(process: AgentProcess, wanted: str) -> dict[str, Any]:
     assert process.stdout is not None
     with byte_bar("restoring", is_in_logs=True) as on_progress:
         for line in process.stdout:
@@ -294,22 +234,3 @@ def _await(process: subprocess.Popen[str], wanted: str) -> dict[str, Any]:
             elif event["event"] == wanted:
                 return event
     raise AgentError(f"the agent process ended with code {process.wait()} before the run was {wanted}")
-
-
-def _release(process: subprocess.Popen[str]) -> None:
-    pipes: tuple[IO[str] | None, ...] = (process.stdin, process.stdout)
-    for pipe in pipes:
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # closed all the same; what a dead agent was told is lost
-                pipe.close()
-
-
-def _environment() -> dict[str, str]:
-    """The trainer's environment, with the folder this package was imported from on the agent's path.
-
-    Without the secrets that the request holds: the agent may outlive the trainer by hours.
-    """
-    here = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
-    plain = {name: value for name, value in os.environ.items() if name not in {SIGNING_KEY, STORAGE_OPTIONS}}
-    return {**plain, "PYTHONPATH": here + (os.pathsep + inherited if inherited else "")}

@@ -30,7 +30,7 @@ from spot_core.errors import (
     TierError,
     shown,
 )
-from spot_core.store import folders, s3
+from spot_core.store import folders, layout, s3
 from spot_core.store.digesting import PlacedFile
 from spot_core.store.manifest import FileRecord
 from spot_core.store.s3 import S3
@@ -162,6 +162,13 @@ class FsspecTier:
         except FileNotFoundError:
             return False
         return True
+
+    def connect(self) -> None:
+        if self._folders is not None:
+            return  # they were connected to when they were opened
+        self.list(layout.INCARNATIONS)
+        with contextlib.suppress(FileNotFoundError):
+            self._fetch(layout.RUN, 0, 1)
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         if not self._is_conditional:

@@ -93,6 +93,9 @@ class ObjectStore(Protocol):
 
     overwrites: bool
 
+    def connect(self) -> None:
+        """Have what the first requests need besides their answers: credentials, connections. Raises what they raise."""
+
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         """Whether a create-only write is refused where there is a file already.
 

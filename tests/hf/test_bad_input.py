@@ -14,7 +14,7 @@ from spot_core.errors import ConfigError
 from spot_core.store import catalog
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.lives.lives import assert_agent_is_early, live, wait_for
+from tests.lives.lives import PLACES, assert_agent_is_early, live, wait_for
 from tests.servers import nothing_listens
 
 
@@ -170,13 +170,15 @@ def test_two_callbacks_on_one_trainer_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_spot import resume as resuming
     from tests.hf.job import trainer_of
 
-    assert_agent_is_early(monkeypatch, resuming, trainer_of(JobSpec(folder=str(tmp_path))).train)
+    spec = JobSpec(folder=str(tmp_path), options=options)
+    assert_agent_is_early(monkeypatch, resuming, lambda: trainer_of(spec).train, is_first=bool(options))
 
 
 def test_trained_tensors_outside_the_adapter_are_refused_by_name(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.lightning.modules import KINDS, Plain
 from tests.lightning.namespace import pl
 from tests.lives.job import SeenLog
 from tests.lives.lives import (
+    PLACES,
     assert_agent_is_early,
     assert_same_training,
     final,
@@ -192,10 +193,17 @@ def test_a_module_that_reads_the_data_itself_is_refused(spec: JobSpec) -> None:
     assert not list(Path(spec.folder).rglob("checkpoints"))
 
 
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
-    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_agent_is_early(monkeypatch, opening, lambda: fit(spec))
+    spec = dataclasses.replace(spec, options=options)
+
+    def make() -> Callable[[], None]:
+        trainer = trainer_of(spec)
+        return lambda: fit(spec, trainer=trainer)
+
+    assert_agent_is_early(monkeypatch, opening, make, is_first=bool(options))
     assert_nothing_written(spec)
 
 

@@ -210,10 +210,22 @@ def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def assert_agent_is_early(monkeypatch: pytest.MonkeyPatch, adapter: Any, train: Callable[[], None]) -> None:
-    """The agent loads while `adapter`, a module, finds the run's identity, and ends where that fails."""
+# Where the agent has nothing to load, and where it has.
+PLACES = {"a folder": {}, "a file system to load": {"remote": "memory://bucket/job"}}
+
+
+def assert_agent_is_early(
+    monkeypatch: pytest.MonkeyPatch, adapter: Any, make: Callable[[], Callable[[], None]], *, is_first: bool
+) -> None:
+    """The agent is there when `adapter`, a module, finds the run's identity, and ends where that fails.
+
+    make: makes the callback, and returns what trains. is_first: whether the agent waits from then on.
+    """
     seen: set[int] = set()
     others = _agents_of_this_process()  # earlier tests' may still be draining
+    train = make()
+    waiting = _agents_of_this_process() - others
+    assert len(waiting) == is_first
 
     def refuse(*_: object) -> None:
         seen.update(_agents_of_this_process() - others)
@@ -222,7 +234,7 @@ def assert_agent_is_early(monkeypatch: pytest.MonkeyPatch, adapter: Any, train: 
     monkeypatch.setattr(adapter, "run_identity", refuse)
     with pytest.raises(ConfigError, match="no such run"):
         train()
-    assert len(seen) == 1 and not seen & _agents_of_this_process()
+    assert len(seen) == 1 and waiting <= seen and not seen & _agents_of_this_process()
 
 
 def _agents_of_this_process() -> set[int]:
