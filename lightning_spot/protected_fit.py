@@ -96,7 +96,7 @@ class ProtectedFit:
                 "training_step takes dataloader_iter, so only the module knows how much it has read: SpotCallback "
                 "cannot resume it exactly and refuses to start. Take batch and batch_idx."
             )
-        live = LiveState(trainer, self._base)
+        live = LiveState(trainer, self._base, own["absent"] if own is not None else ())
         if own is not None:
             self._check_data(own)
             assert session.resume is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ class Position:
 
 
 class LiveState:
-    """What a checkpoint holds and a resume restores. Made when training begins, after Lightning's own loading."""
+    """What a checkpoint holds and a resume restores. Made when training begins, after Lightning's own loading.
 
-    def __init__(self, trainer: Any, base: FrozenBase | None) -> None:
+    absent: what the checkpoint that was loaded had been stored without.
+    """
+
+    def __init__(self, trainer: Any, base: FrozenBase | None, absent: Collection[str] = ()) -> None:
         self._trainer, self._base = trainer, base
         # Walks over thousands of modules, taken once: they would be most of the time that a checkpoint holds up.
         self._module = ModuleState(trainer.lightning_module)
@@ -73,7 +76,7 @@ class LiveState:
         self._metrics = metrics.of_module(trainer.lightning_module)
         self._absent: tuple[set[str], list[str]] = (set(), [])
         if base is not None:
-            base.training_starts()
+            base.training_starts(loaded=absent)
 
     def files(self, native: str, position: Position, extra: Mapping[str, Any]) -> list[NativeFile]:
         """The checkpoint's files for this moment between two steps. Cheap: large tensors are named, small ones cloned.

@@ -7,7 +7,7 @@ not frozen, although no gradient reaches it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from operator import attrgetter, is_
 from typing import Any
 
@@ -48,8 +48,16 @@ class FrozenBase:
         base = cls(module, device)
         return base if base._digests else None
 
-    def training_starts(self) -> None:
-        """Take note of where the base lies by now: it was moved to the device, and perhaps to another precision."""
+    def training_starts(self, loaded: Collection[str] = ()) -> None:
+        """Take note of where the base lies by now: it was moved to the device, and perhaps to another precision.
+
+        loaded: those into which a resume has put the values that they had, see `complete`. Written to once, in the same
+        place, they need not be read again: the base is read after the first step anyway.
+        """
+        for name in self._parameters.keys() & loaded:
+            pointer, version = self._marks[name]
+            if _mark(self._parameters[name]) == (pointer, version + 1):
+                self._marks[name] = pointer, version + 1
         moved = {name: p for name, p in self._parameters.items() if _mark(p) != self._marks[name]}
         self._digests |= self._present_digests(moved)
         self._marks |= {name: _mark(p) for name, p in moved.items()}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_spot import weights
+from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError
 from spot_core.store import catalog
 from spot_core.store.manifest import Manifest
@@ -142,3 +143,60 @@ def test_a_checkpoint_that_lacks_anything_else_is_refused_by_name(
         weights.complete(checkpoint, live_weights(), set(absent))
     assert str(refused.value).count("weight") - str(refused.value).count("weights") == 1, "only that one is named"
     assert checkpoint[place] == before
+
+
+# -- a base that a resume has loaded into itself ---------------------------------------------------------------
+
+
+def frozen_module() -> torch.nn.Module:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    module[0].requires_grad_(False)
+    return module
+
+
+def read_at_start(base: FrozenBase, absent: list[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The parameters that are read when training starts."""
+    read: set[str] = set()
+    present = base._present_digests
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_present_digests", lambda parameters: read.update(parameters) or present(parameters))
+        base.training_starts(loaded=absent)
+    return read
+
+
+def opened_base(module: torch.nn.Module) -> tuple[FrozenBase, list[str]]:
+    base = FrozenBase.of(module, torch.device("cpu"))
+    assert base is not None
+    return base, ["0.weight", "0.bias"]
+
+
+def test_a_base_that_was_loaded_into_itself_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = frozen_module()
+    base, absent = opened_base(module)
+    module.load_state_dict(module.state_dict())
+    assert read_at_start(base, absent, monkeypatch) == set()
+    assert base.keys(module.state_dict()) == set(absent)
+    base.verify()
+    assert base.keys(module.state_dict()) == set(absent)
+
+
+@pytest.mark.parametrize("change", ["written to twice", "moved", "not left out"])
+def test_a_base_to_which_more_happened_is_read_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = frozen_module()
+    base, absent = opened_base(module)
+    module.load_state_dict(module.state_dict())
+    if change == "written to twice":
+        module.load_state_dict(module.state_dict())
+    elif change == "moved":
+        module[0].weight.data = module[0].weight.data.clone()
+    assert read_at_start(base, [] if change == "not left out" else absent, monkeypatch) >= {"0.weight"}
+    assert base.keys(module.state_dict()) == set(absent)
+
+
+def test_a_base_that_got_other_values_instead_is_found_out_after_the_first_step() -> None:
+    module = frozen_module()
+    base, absent = opened_base(module)
+    module.load_state_dict({name: tensor + 1 for name, tensor in module.state_dict().items()})
+    base.training_starts(loaded=absent)
+    base.verify()
+    assert base.keys(module.state_dict()) == set(), "what changed belongs to the checkpoints"
