@@ -1,4 +1,4 @@
-"""What `spot doctor --json` said."""
+"""What `spot doctor --json` said, and what its probe of a remote found."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spot_core.report.checks.finding import Finding
+from spot_core.report.checks.remote import RemoteProbe
 from tests.report.conftest import Result
 
 # Of a checkpoint that is written quickly.
@@ -26,3 +28,10 @@ def statuses(result: Result, area: str) -> dict[str, str]:
 def names_in(folder: Path) -> set[str]:
     """Everything below, folders too."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def probed(probe: RemoteProbe, sample: Path | None = None) -> dict[str, Finding]:
+    """What a probe finds, by what was tried."""
+    probe.reach()
+    probe.run(sample)
+    return {each.what: each for each in probe.findings}
