@@ -136,7 +136,7 @@ class Starts:
                     pass
 
     def _read_s3(self) -> None:
-        """As the agent must: in ranges, which s3fs repeats after a reset, four at a time."""
+        """In ranges, which s3fs repeats after a reset, four at a time; the agent has its own way, see `storage.py`."""
         fs = fsspec.filesystem("s3", **self._options)
         for path in self._files(self._remote):
             key, size = f"{self._bucket}/run/{path.relative_to(self._remote)}", path.stat().st_size

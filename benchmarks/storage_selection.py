@@ -12,12 +12,15 @@ from typing import Any
 
 from storage_clients import Boto3
 
+from spot_core.agent.lives import Life, newest_durable
 from spot_core.store import catalog, layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.testing.checkpoints import commit_checkpoint
 from tests.faultproxy import FaultProxy
+
+_UNTOLD = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,10 @@ def measure(
     with FaultProxy(port) as proxy:
         server = {**options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
         remote = FsspecTier(f"s3://{bucket}/selection/run", server)
-        remote.list(layout.INCARNATIONS)  # opens the connection
+        # What the life before told of with its last heartbeat, some checkpoints ago.
+        told = CheckpointName(1, manifests - _UNTOLD)
+        life = Life(incarnation=1, host="", boot_id="", started=0.0, heartbeat=0.0, newest_durable=str(told))
+        remote.replace(layout.life(1), life.to_json())
 
         def nearest() -> None:
             restored = resume.newest_valid(full, empty, lambda *_: None)
@@ -58,7 +64,8 @@ def measure(
 
         def from_remote() -> None:
             target = PosixTier(folder / "target" / "run")
-            restored = resume.newest_valid(target, remote, lambda *_: None)
+            recent = catalog.recent(remote, lambda: newest_durable(remote))  # as whoever opens the run
+            restored = resume.newest_valid(target, remote, lambda *_: None, recent=recent)
             assert restored is not None and restored.manifest == newest
             shutil.rmtree(target.root)
 
@@ -66,7 +73,7 @@ def measure(
             _look("names, local", lambda: catalog.names(full), repeat),
             _look("newest_valid, local", nearest, repeat),
             _look("names, S3", lambda: catalog.names(remote), repeat, proxy),
-            _look("newest_valid, S3, with its download", from_remote, repeat, proxy),
+            _look("the newest of S3, with its download", from_remote, repeat, proxy),
         ]
     shutil.rmtree(folder)
     return SelectionResult(manifests, rows)
