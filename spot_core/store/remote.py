@@ -1,8 +1,8 @@
 """A tier on any fsspec file system: s3, gs, az, memory, …
 
-The commit record is one small conditional PUT (`mode="create"`), whose outcome is read back whenever it is not
-plainly known. Listing caches are off: another writer's changes must be seen. Only the agent and the command line
-open such a tier: fsspec's event loop must not live in a process that forks DataLoader workers.
+The commit record is one small conditional PUT (`mode="create"`), whose outcome is read back unless a store that has
+been seen to refuse says that it took it. Listing caches are off: another writer's changes must be seen. Only the agent
+and the command line open such a tier: fsspec's event loop must not live in a process that forks DataLoader workers.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class FsspecTier:
         scheme = url.partition("://")[0]
         self._is_conditional = scheme in _CONDITIONAL
         self.overwrites = False
+        self._has_refused = False
         is_s3 = s3.is_s3(url)
         options = s3.with_defaults(storage_options) if is_s3 else dict(storage_options)
         if scheme in folders.SCHEMES:
@@ -140,6 +141,8 @@ class FsspecTier:
         try:
             if not (self.overwrites and self._exists(path)):
                 self._do("create", path, lambda: self._write(path, data, "create"))
+                if self._has_refused:
+                    return  # it keeps to the condition, so nothing was there, and it says that it took this
         except TierDeniedError:
             raise
         except (FileExistsError, TierError) as error:
@@ -176,8 +179,11 @@ class FsspecTier:
             return False
         try:
             self._do("create", path, lambda: self._write(path, data, "create"))
-        except (FileExistsError, TierDeniedError):
-            return True  # denied: the same write was allowed a moment ago, when there was no file
+        except FileExistsError:
+            self._has_refused = True
+            return True
+        except TierDeniedError:
+            return True  # the same write was allowed a moment ago, when there was no file
         self.overwrites = True
         return False
 

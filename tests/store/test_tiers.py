@@ -327,37 +327,59 @@ def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
         yield proxy
 
 
+@pytest.fixture(params=[False, True], ids=["not known to refuse", "known to refuse"])
+def proxied(request: pytest.FixtureRequest, s3_server: S3Server, proxy: FaultProxy) -> FsspecTier:
+    """Behind the proxy; whether the store keeps to conditions has been seen, or not."""
+    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+    if request.param:
+        tier.create("run.json", b"{}")
+        assert tier.refuses_overwrite("run.json", b"{}")
+    proxy.seen.clear()
+    return tier
+
+
+def test_what_was_taken_is_read_back_until_the_store_has_refused_once(
+    proxied: FsspecTier, proxy: FaultProxy, request: pytest.FixtureRequest
+) -> None:
+    proxied.create("manifests/one.json", b"content")
+    is_known = request.node.callspec.id == "known to refuse"
+    assert [each.method for each in proxy.seen] == (["PUT"] if is_known else ["PUT", "GET"])
+    proxied.create("manifests/one.json", b"content")
+    with pytest.raises(CommitConflictError):
+        proxied.create("manifests/one.json", b"another's")
+    assert proxied.read("manifests/one.json") == b"content"
+
+
 def _lose_the_first_put(proxy: FaultProxy) -> None:
     proxy.chooses = lambda request: LOST_REPLY if request.method == "PUT" and not proxy.fired else None
 
 
-def test_a_create_whose_reply_was_lost_is_read_back_and_succeeds(s3_server: S3Server, proxy: FaultProxy) -> None:
+def test_a_create_whose_reply_was_lost_is_read_back_and_succeeds(proxied: FsspecTier, proxy: FaultProxy) -> None:
     """The client's own retry then meets the conflict with its first attempt."""
-    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
     _lose_the_first_put(proxy)
-    tier.create("manifests/one.json", b"content")
+    proxied.create("manifests/one.json", b"content")
     assert len(proxy.fired) == 1
-    assert tier.read("manifests/one.json") == b"content"
+    assert proxied.read("manifests/one.json") == b"content"
 
 
-def test_a_lost_reply_does_not_hide_that_another_writer_was_first(s3_server: S3Server, proxy: FaultProxy) -> None:
-    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
-    FsspecTier(tier.url, s3_server.options).create("manifests/one.json", b"another's")
+def test_a_lost_reply_does_not_hide_that_another_writer_was_first(
+    proxied: FsspecTier, s3_server: S3Server, proxy: FaultProxy
+) -> None:
+    FsspecTier(proxied.url, s3_server.options).create("manifests/one.json", b"another's")
     _lose_the_first_put(proxy)
     with pytest.raises(CommitConflictError):
-        tier.create("manifests/one.json", b"content")
+        proxied.create("manifests/one.json", b"content")
     assert len(proxy.fired) == 1
-    assert tier.read("manifests/one.json") == b"another's"
+    assert proxied.read("manifests/one.json") == b"another's"
 
 
-def test_a_create_is_unknown_while_it_cannot_be_read_back(s3_server: S3Server, proxy: FaultProxy) -> None:
-    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
+def test_a_create_is_unknown_while_it_cannot_be_read_back(proxied: FsspecTier, proxy: FaultProxy) -> None:
     proxy.chooses = lambda request: LOST_REPLY
     with pytest.raises(CommitUnknownError, match=r"one\.json"):
-        tier.create("manifests/one.json", b"content")
+        proxied.create("manifests/one.json", b"content")
     proxy.chooses = lambda request: None
-    tier.create("manifests/one.json", b"content")
-    assert tier.read("manifests/one.json") == b"content"
+    proxied.create("manifests/one.json", b"content")
+    assert proxied.read("manifests/one.json") == b"content"
 
 
 def test_a_server_that_is_not_there_is_a_tier_error_to_be_retried(tmp_path: Path) -> None:
