@@ -54,6 +54,7 @@ class Mover:
         remote = self._new_remote()
         for tier in (remote, self._local):  # what a claim leaves, without its waiting
             tier.replace(layout.incarnation(1), b"{}\n")
+        remote.refuses_overwrite(layout.incarnation(1), b"{}\n")
         drain = Drain(self._local, remote, incarnation=1, keep_local=2, keep_remote=2)
         drain.step(lambda *_: None)
         began = time.perf_counter()

@@ -23,45 +23,69 @@ def within(seconds: float, operation: Callable[[], _T]) -> _T:
     return answer.result()
 
 
-def in_order(operations: Iterable[Callable[[], _T]], slots: threading.Semaphore) -> Generator[_T, None, None]:
+class _Slot:
+    """One of a semaphore's, given back once."""
+
+    def __init__(self, slots: threading.Semaphore) -> None:
+        self._slots, self._is_given_back = slots, threading.Lock()
+
+    def give_back(self) -> None:
+        if self._is_given_back.acquire(blocking=False):
+            self._slots.release()
+
+
+def in_order(
+    operations: Iterable[Callable[[], _T]], slots: threading.Semaphore, *, are_results_large: bool = True
+) -> Generator[_T, None, None]:
     """What the operations return, in their order. To be closed.
 
-    Each has one of `slots` from before it is asked for until its result has been used: those who share them have no
-    more under way together. Raises what the first one that fails raises. Those under way then, or when it is closed,
-    are left to their threads.
+    Each has one of `slots` from before it is asked for until its result has been used, or is there where it takes no
+    room: those who share them have no more under way together. Raises what the first one that fails raises. Those under
+    way then, or when it is closed, are left to their threads.
     """
     remaining, is_more = iter(operations), True
-    coming: deque[Future[_T]] = deque()
-    held = 0
+    coming: deque[tuple[Future[_T], _Slot]] = deque()
+
+    def may_begin() -> bool:
+        """Takes a slot for the next one, unless a result is there to be used, or will be sooner."""
+        if are_results_large:
+            # Who holds slots for results does not wait for another: others may wait for those.
+            return slots.acquire(blocking=not coming)
+        return not (coming and coming[0][0].done()) and slots.acquire()
+
     try:
         while is_more or coming:
-            # Who has something under way does not wait for a slot: others may wait for those that it holds.
-            while is_more and slots.acquire(blocking=not coming):
-                held += 1
-                operation = next(remaining, None)
+            while is_more and may_begin():
+                slot, operation = _Slot(slots), None
+                try:
+                    operation = next(remaining, None)
+                finally:
+                    if operation is None:
+                        is_more = False
+                        slot.give_back()
                 if operation is not None:
-                    coming.append(_begin(operation))
-                    continue
-                is_more = False
-                slots.release()
-                held -= 1
+                    coming.append((_begin(operation, (lambda: None) if are_results_large else slot.give_back), slot))
             if coming:
-                yield coming.popleft().result()
-                slots.release()
-                held -= 1
+                yield coming[0][0].result()
+                coming.popleft()[1].give_back()
     finally:
-        for _ in range(held):
-            slots.release()
+        for _, slot in coming:
+            slot.give_back()
 
 
-def _begin(operation: Callable[[], _T]) -> Future[_T]:
+def _begin(operation: Callable[[], _T], ends: Callable[[], None] = lambda: None) -> Future[_T]:
+    """ends: called when it has ended, before anybody hears of it."""
     answer: Future[_T] = Future()
 
     def work() -> None:
         try:
-            answer.set_result(operation())
+            result = operation()
         except BaseException as error:
+            ends()
             answer.set_exception(error)
+        else:
+            ends()
+            answer.set_result(result)
 
     # A thread of a pool would be waited for when the process ends.
     threading.Thread(target=work, name="bounded", daemon=True).start()

@@ -29,6 +29,35 @@ def test_results_come_in_order_however_long_each_takes() -> None:
     assert list(in_order((partial(operation, number) for number in range(7)), Semaphore(3))) == list(range(7))
 
 
+def test_where_results_take_no_room_a_slow_one_holds_up_only_itself() -> None:
+    """The first of two slots is taken until the last operation, which has to be begun for that, has ended."""
+    last_is_done = threading.Event()
+
+    def operation(number: int) -> int:
+        if number == 0:
+            assert last_is_done.wait(60)
+        if number == 6:
+            last_is_done.set()
+        return number
+
+    operations = (partial(operation, number) for number in range(7))
+    assert list(in_order(operations, Semaphore(2), are_results_large=False)) == list(range(7))
+
+
+def test_results_that_take_no_room_are_told_before_all_are_begun() -> None:
+    told: list[int] = []
+
+    def operations() -> Iterator[Callable[[], int]]:
+        for number in range(20):
+            if number == 10:
+                assert told, "who waits for the end is told of what is done"
+            yield partial(int, number)
+
+    for number in in_order(operations(), Semaphore(1), are_results_large=False):
+        told.append(number)
+    assert told == list(range(20))
+
+
 def test_no_more_are_begun_than_may_be_under_way() -> None:
     begun: list[int] = []
 
@@ -42,7 +71,8 @@ def test_no_more_are_begun_than_may_be_under_way() -> None:
     assert len(begun) <= 3
 
 
-def test_those_who_share_slots_have_no_more_under_way_together_and_all_get_on() -> None:
+@pytest.mark.parametrize("are_results_large", [True, False])
+def test_those_who_share_slots_have_no_more_under_way_together_and_all_get_on(are_results_large: bool) -> None:
     """Each holds some while it waits for its first result: one that waited for a slot then would wait for ever."""
     slots, lock, most, under_way = Semaphore(3), threading.Lock(), 0, 0
 
@@ -52,16 +82,20 @@ def test_those_who_share_slots_have_no_more_under_way_together_and_all_get_on() 
             under_way += count
             most = max(most, under_way)
 
+    def work(number: int) -> int:
+        begin(0 if are_results_large else -1)
+        return number
+
     def use(sharer: int) -> list[int]:
         def operations() -> Iterator[Callable[[], int]]:
             for number in range(50):
                 begin(1)
-                yield lambda number=number: number  # type: ignore[misc]
+                yield partial(work, number)
 
         found = []
-        for number in in_order(operations(), slots):
+        for number in in_order(operations(), slots, are_results_large=are_results_large):
             found.append(number)
-            begin(-1)
+            begin(-1 if are_results_large else 0)
         return found
 
     with ThreadPoolExecutor(4) as pool:
@@ -70,8 +104,9 @@ def test_those_who_share_slots_have_no_more_under_way_together_and_all_get_on() 
     assert all(slots.acquire(blocking=False) for _ in range(3)) and not slots.acquire(blocking=False)
 
 
+@pytest.mark.parametrize("are_results_large", [True, False])
 @pytest.mark.parametrize("ends", ["closed", "an operation fails", "what comes next fails"])
-def test_slots_are_given_back_however_it_ends(ends: str) -> None:
+def test_slots_are_given_back_however_it_ends(ends: str, are_results_large: bool) -> None:
     slots, never = Semaphore(3), threading.Event()
 
     def operations() -> Iterator[Callable[[], object]]:
@@ -81,7 +116,7 @@ def test_slots_are_given_back_however_it_ends(ends: str) -> None:
             raise ValueError("next")
         yield never.wait
 
-    results = in_order(operations(), slots)
+    results = in_order(operations(), slots, are_results_large=are_results_large)
     if ends == "closed":
         next(results)
         results.close()

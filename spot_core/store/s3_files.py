@@ -101,7 +101,10 @@ class S3Files:
 
         parts = []
         try:
-            with open(source, "rb", buffering=0) as file, contextlib.closing(in_order(puts(file), self._slots)) as sent:
+            with (
+                open(source, "rb", buffering=0) as file,
+                contextlib.closing(in_order(puts(file), self._slots, are_results_large=False)) as sent,
+            ):
                 for part, md5, count in sent:
                     parts.append(part)
                     sums += md5
