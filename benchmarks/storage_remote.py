@@ -57,12 +57,12 @@ class Mover:
         remote.refuses_overwrite(layout.incarnation(1), b"{}\n")
         drain = Drain(self._local, remote, incarnation=1, keep_local=2, keep_remote=2)
         drain.step(lambda *_: None)
+        ended: list[float] = []
         began = time.perf_counter()
-        drained = drain.step(lambda *_: None)
-        seconds = time.perf_counter() - began
+        drained = drain.step(lambda *_: None, lambda *_: ended.append(time.perf_counter()))
         assert drained is not None and drained[0] == self.manifest.name
         remote.delete([""])
-        return seconds
+        return ended[0] - began
 
     def upload(self) -> float:
         remote = self._new_remote()

@@ -26,6 +26,7 @@ from spot_core.store.tier import Tier, check_record
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[CheckpointName, int, int], None]
+OnDurable = Callable[[CheckpointName, float], None]
 
 
 class Drain:
@@ -100,10 +101,13 @@ class Drain:
             self._completed.update(catalog.completions(self._remote))
             self._is_remote_listed = True
 
-    def step(self, on_progress: OnProgress) -> tuple[CheckpointName, float] | None:
-        """Drain the most valuable pending checkpoint; None if there is none.
+    def step(
+        self, on_progress: OnProgress, on_durable: OnDurable = lambda *_: None
+    ) -> tuple[CheckpointName, float] | None:
+        """Drain the most valuable pending checkpoint, then delete what it supersedes; None if there is none.
 
-        Returns its name and the seconds from its local commit until it was durable. Raises FencedError, TierError.
+        Returns its name and the seconds from its local commit until it was durable, which on_durable is told at once.
+        Raises FencedError, TierError.
         """
         pending = self.pending()
         if not pending:
@@ -115,23 +119,25 @@ class Drain:
             name = pinned
         tier = self._here().get(name)
         if tier is None:
-            return self.step(on_progress)
+            return self.step(on_progress, on_durable)
         try:
             manifest = catalog.read_manifest(tier, name)
             resume.verify(tier, manifest)
         except (CorruptCheckpointError, FileNotFoundError) as error:
             if name not in self._here():
                 logger.debug("local checkpoint %s was deleted to make room before it was drained", name)
-                return self.step(on_progress)
+                return self.step(on_progress, on_durable)
             # Never upload what would not restore. The next local commit takes its place.
             self._refused.add(name)
             what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
             logger.error("local checkpoint %s is %s and is not drained: %s", name, what, error)
-            return self.step(on_progress)
+            return self.step(on_progress, on_durable)
         self._upload(tier, manifest, on_progress)
         self._durable.add(name)
+        seconds = time.time() - manifest.created
+        on_durable(name, seconds)
         self.prune()
-        return name, time.time() - manifest.created
+        return name, seconds
 
     def _upload(self, local: PosixTier, manifest: Manifest, on_progress: OnProgress) -> None:
         incarnation.check_fence(self._remote, self._incarnation)

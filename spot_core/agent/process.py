@@ -150,21 +150,27 @@ class Agent:
 
     def _drain_one(self) -> bool:
         self._upload_name = None
-        result = self._drain.step(self._on_progress)
+        is_drained = self._drain.step(self._on_progress, self._on_durable) is not None
+        self._note_durable()
+        self._status.pending = len(self._drain.pending()) if is_drained else 0
+        self._publish(force=is_drained)
+        return is_drained
+
+    def _on_durable(self, name: CheckpointName, seconds: float) -> None:
+        """Tell before what it supersedes is deleted: a trainer that is about to leave waits for this."""
+        self._note_durable()
+        self._status.drained[str(name)] = round(seconds, 3)
+        for old in list(self._status.drained)[:-_SHOWN_DRAINS]:
+            del self._status.drained[old]  # the status is rewritten whole: it must not grow with the run
+        self._status.last_failure = self._reported = None
+        logger.info("checkpoint %s durable in %s after %.1f s", name, self._remote.url, seconds)
+        self._publish(force=True)
+
+    def _note_durable(self) -> None:
         newest = self._drain.newest_durable
         self._status.newest_durable = str(newest) if newest else None
         self._status.durable = [str(name) for name in sorted(self._drain.durable)]
         self._status.draining = None
-        self._status.pending = len(self._drain.pending()) if result else 0
-        if result is not None:
-            name, seconds = result
-            self._status.drained[str(name)] = round(seconds, 3)
-            for old in list(self._status.drained)[:-_SHOWN_DRAINS]:
-                del self._status.drained[old]  # the status is rewritten whole: it must not grow with the run
-            self._status.last_failure = self._reported = None
-            logger.info("checkpoint %s durable in %s after %.1f s", name, self._remote.url, seconds)
-        self._publish(force=result is not None)
-        return result is not None
 
     def _wait(self, failures: int) -> None:
         """Between looks; after a failure longer and longer, but no longer than the trainer's end is noticed."""

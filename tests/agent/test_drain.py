@@ -77,6 +77,22 @@ def test_progress_starts_at_nothing_and_ends_at_all_of_it(local: PosixTier, remo
     assert max(done for _, done, _ in seen) == manifest.total_bytes
 
 
+def test_what_is_durable_is_told_before_what_it_supersedes_is_deleted(local: PosixTier, remote: PosixTier) -> None:
+    plan = FaultPlan()
+    drain = make_drain(local, FaultyTier(remote, plan), keep_remote=1)
+    told: list[tuple[CheckpointName, bool, bool]] = []
+
+    def on_durable(name: CheckpointName, seconds: float) -> None:
+        is_deleting = any(line.startswith(f"remote.delete {layout.MANIFESTS}") for line in plan.operations)
+        told.append((name, catalog.has(remote, name), is_deleting))
+
+    for name in (ONE, TWO):
+        commit_checkpoint(local, name)
+        assert drain.step(lambda *_: None, on_durable) is not None
+    assert told == [(ONE, True, False), (TWO, True, False)]
+    assert catalog.names(remote) == [TWO]
+
+
 def test_the_end_of_training_is_drained_with_its_checkpoint(local: PosixTier, remote: PosixTier) -> None:
     drain = make_drain(local, remote)
     commit_checkpoint(local, ONE)
