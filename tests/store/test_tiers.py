@@ -373,13 +373,14 @@ def test_a_lost_reply_does_not_hide_that_another_writer_was_first(
     assert proxied.read("manifests/one.json") == b"another's"
 
 
-def test_a_create_is_unknown_while_it_cannot_be_read_back(proxied: FsspecTier, proxy: FaultProxy) -> None:
+def test_a_create_is_unknown_while_it_cannot_be_read_back(s3_server: S3Server, proxy: FaultProxy) -> None:
+    tier = FsspecTier(f"s3://{s3_server.new_bucket()}/run", proxy.options)
     proxy.chooses = lambda request: LOST_REPLY
     with pytest.raises(CommitUnknownError, match=r"one\.json"):
-        proxied.create("manifests/one.json", b"content")
+        tier.create("manifests/one.json", b"content")
     proxy.chooses = lambda request: None
-    proxied.create("manifests/one.json", b"content")
-    assert proxied.read("manifests/one.json") == b"content"
+    tier.create("manifests/one.json", b"content")
+    assert tier.read("manifests/one.json") == b"content"
 
 
 def test_a_server_that_is_not_there_is_a_tier_error_to_be_retried(tmp_path: Path) -> None:
