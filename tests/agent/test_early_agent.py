@@ -252,17 +252,17 @@ def test_it_gets_the_environment_as_it_is_when_it_is_asked(
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_PROFILE", "nobody-knows-it")
-    options = {name: proxy.options[name] for name in ("endpoint_url", "client_kwargs") if name in proxy.options}
+    options = {name: value for name, value in proxy.options.items() if name not in {"key", "secret"}}
     config = _on_s3(place, proxy, s3_server.new_bucket(), storage_options=options)
     start_early(config)
     monkeypatch.delenv("AWS_PROFILE")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "late-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "late-secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", proxy.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", proxy.options["secret"])
     monkeypatch.setenv("FSSPEC_S3_REQUESTER_PAYS", "true")
     with EarlyAgent(config) as early:
         client = AgentClient(config, IDENTITY, early)
         assert client.open().incarnation == 1
     _end(client)
     for request in proxy.seen:
-        assert "Credential=late-key/" in request.headers["authorization"]
+        assert f"Credential={proxy.options['key']}/" in request.headers["authorization"]
         assert request.headers["x-amz-request-payer"] == "requester"
