@@ -29,7 +29,7 @@ class _Slot:
     def __init__(self, slots: threading.Semaphore) -> None:
         self._slots, self._is_given_back = slots, threading.Lock()
 
-    def give_back(self) -> None:
+    def give_back(self, *_: object) -> None:
         if self._is_given_back.acquire(blocking=False):
             self._slots.release()
 
@@ -64,7 +64,9 @@ def in_order(
                         is_more = False
                         slot.give_back()
                 if operation is not None:
-                    coming.append((_begin(operation, (lambda: None) if are_results_large else slot.give_back), slot))
+                    coming.append((_begin(operation), slot))
+                    if not are_results_large:
+                        coming[-1][0].add_done_callback(slot.give_back)
             if coming:
                 yield coming[0][0].result()
                 coming.popleft()[1].give_back()
@@ -73,19 +75,14 @@ def in_order(
             slot.give_back()
 
 
-def _begin(operation: Callable[[], _T], ends: Callable[[], None] = lambda: None) -> Future[_T]:
-    """ends: called when it has ended, before anybody hears of it."""
+def _begin(operation: Callable[[], _T]) -> Future[_T]:
     answer: Future[_T] = Future()
 
     def work() -> None:
         try:
-            result = operation()
+            answer.set_result(operation())
         except BaseException as error:
-            ends()
             answer.set_exception(error)
-        else:
-            ends()
-            answer.set_result(result)
 
     # A thread of a pool would be waited for when the process ends.
     threading.Thread(target=work, name="bounded", daemon=True).start()

@@ -235,6 +235,11 @@ class SpotConfig:
         """Name of the run: the last component of `remote`."""
         return run_name(self.remote)
 
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder on the local tier."""
+        return Path(str(self.local)) / self.run
+
     @classmethod
     def resolve(
         cls, options: Mapping[str, Any], *, fallback_local: str | Path, environ: Mapping[str, str] | None = None

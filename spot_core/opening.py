@@ -48,9 +48,9 @@ def open_session(
     """
     make_visible()
     client = AgentClient(config, identity, early)
-    check_usable(client.run_folder, state_bytes, elsewhere_bytes=room_bytes())
-    logger.info("run %s: local tier %s, remote tier %s", config.run, client.run_folder, shown(config.remote))
-    for level, sentence in describe_place(client.run_folder, config.remote):
+    check_usable(config.run_folder, state_bytes, elsewhere_bytes=room_bytes())
+    logger.info("run %s: local tier %s, remote tier %s", config.run, config.run_folder, shown(config.remote))
+    for level, sentence in describe_place(config.run_folder, config.remote):
         logger.log(level, "%s", sentence)
     warn_if_unheard(config)
     session = Session(

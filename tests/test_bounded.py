@@ -15,33 +15,21 @@ import pytest
 from spot_core.bounded import NoAnswer, in_order, within
 
 
-def test_results_come_in_order_however_long_each_takes() -> None:
-    """The first operation ends last: it waits for the third."""
-    third_is_done = threading.Event()
+# Of results that take no room, the others go on with the slots that a slow one leaves them; else no further than those.
+@pytest.mark.parametrize(("slots", "are_results_large", "frees"), [(3, True, 2), (2, False, 6)])
+def test_results_come_in_order_however_long_each_takes(slots: int, are_results_large: bool, frees: int) -> None:
+    """The first operation ends last: it waits for a later one."""
+    other_is_done = threading.Event()
 
     def operation(number: int) -> int:
         if number == 0:
-            assert third_is_done.wait(60)
-        if number == 2:
-            third_is_done.set()
-        return number
-
-    assert list(in_order((partial(operation, number) for number in range(7)), Semaphore(3))) == list(range(7))
-
-
-def test_where_results_take_no_room_a_slow_one_holds_up_only_itself() -> None:
-    """The first of two slots is taken until the last operation, which has to be begun for that, has ended."""
-    last_is_done = threading.Event()
-
-    def operation(number: int) -> int:
-        if number == 0:
-            assert last_is_done.wait(60)
-        if number == 6:
-            last_is_done.set()
+            assert other_is_done.wait(60)
+        if number == frees:
+            other_is_done.set()
         return number
 
     operations = (partial(operation, number) for number in range(7))
-    assert list(in_order(operations, Semaphore(2), are_results_large=False)) == list(range(7))
+    assert list(in_order(operations, Semaphore(slots), are_results_large=are_results_large)) == list(range(7))
 
 
 def test_results_that_take_no_room_are_told_before_all_are_begun() -> None:

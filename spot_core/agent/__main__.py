@@ -104,7 +104,7 @@ def main() -> int:
 
 def _serve(stream: TextIO) -> Agent | None:
     """Answer until a run is to be opened, and return its agent; None if the trainer wants no life, or has ended."""
-    remote: Tier | None = None
+    remote: Tier | None = None  # kept from the connection to the opening, which is of the same place
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         _take_over(request["environment"])
@@ -141,11 +141,10 @@ def _connect(remote: Tier) -> None:
 
 def _open(request: dict[str, Any], stream: TextIO, local: PosixTier, remote: Tier) -> Agent | None:
     """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
-    keys = tuple(request["signing_keys"])
     background = ThreadPoolExecutor(1)  # a metadata service may take its time: it is asked while the run is opened
     asked = background.submit(read_instance, os.environ)
     background.shutdown(wait=False)
-    shared = _fleet_tier(request, keys)
+    shared = _fleet_tier(request, remote.signing.keys)
     identity = RunIdentity(request["framework"], request["facts"])
     trainer = _trainer(request["trainer_pid"], request["trainer_created"])
 

@@ -67,14 +67,9 @@ class AgentClient:
         self.overflow = Overflow(None)
 
     @property
-    def run_folder(self) -> Path:
-        """The run's folder on the local tier."""
-        return Path(str(self._config.local)) / self._config.run
-
-    @property
     def tier(self) -> PosixTier:
         """The local tier, with the run's keys."""
-        return PosixTier(self.run_folder, Signing(self._config.run, self._config.signing_keys))
+        return PosixTier(self._config.run_folder, Signing(self._config.run, self._config.signing_keys))
 
     @property
     def near_tiers(self) -> list[PosixTier]:

@@ -63,8 +63,9 @@ class _Waiting:
                 end(process)
 
     def _is_fit(self, schemes: frozenset[str]) -> bool:
-        is_own = self._process is not None and self._owner == os.getpid()
-        return is_own and self._schemes == schemes and self._process is not None and self._process.poll() is None
+        if self._process is None or self._owner != os.getpid():
+            return False
+        return self._schemes == schemes and self._process.poll() is None
 
 
 _waiting = _Waiting()
@@ -119,7 +120,7 @@ class EarlyAgent:
 def place(config: SpotConfig) -> dict[str, Any]:
     """What tells an agent where a run is."""
     return {
-        "local": str(Path(str(config.local)) / config.run),
+        "local": str(config.run_folder),
         "remote": config.remote,
         "storage_options": dict(config.storage_options),
         "run": config.run,

@@ -166,7 +166,7 @@ def _wanted(
 
 def _newest_bytes(config: SpotConfig, probe: RemoteProbe | None) -> int | None:
     """Size of the run's newest checkpoint, here or on the remote; None if there is none that can be read."""
-    tiers: list[Tier] = [PosixTier(Path(str(config.local)) / config.run, Signing(config.run, config.signing_keys))]
+    tiers: list[Tier] = [PosixTier(config.run_folder, Signing(config.run, config.signing_keys))]
     if probe is not None and not probe.is_away:
         tiers.append(probe.tier)
 

@@ -48,7 +48,7 @@ def local_probe(
 
     remote: its URL. state_bytes: of a checkpoint. is_chosen: whether the user named the folder.
     """
-    probe, folder = LocalProbe(), Path(str(config.local)) / config.run
+    probe, folder = LocalProbe(), config.run_folder
     is_new = not folder.exists()
     with no_new_folders(folder):
         scratch = folder / f"{PROBE}{uuid.uuid4().hex[:12]}"
