@@ -38,6 +38,11 @@ class ModuleState:
             self._find()
             return self._read()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no module makes its part itself: then unchanged parts are the very tensors of the time before."""
+        return all(isinstance(part, _Places) for part in self._parts)
+
     def _find(self) -> None:
         self._parts: list[_Places | _Asked] = []
         self._hooks: list[Mapping[int, Any]] = []
@@ -46,6 +51,8 @@ class ModuleState:
         self._parents: list[Mapping[str, nn.Module | None]] = []
         self._unset: list[tuple[Mapping[str, Any], str]] = []
         self._add(self._module, "")
+        for found in (self._containers, self._parents):
+            found.sort(key=id)  # as they lie in memory: none of it is in a cache when a checkpoint is due
         self._sizes = list(map(len, self._containers))
         self._children = self._present_children()
 

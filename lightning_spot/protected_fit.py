@@ -24,7 +24,7 @@ from lightning_spot.weights import FrozenBase
 from spot_core.config import SpotConfig
 from spot_core.data.loaders import LoaderPositions
 from spot_core.errors import ConfigError, CorruptCheckpointError
-from spot_core.handover import Capture, ResumePoint
+from spot_core.handover import Capture, ResumePoint, certain
 from spot_core.opening import AnySession
 from spot_core.ranks import notes as ranks
 from spot_core.snapshot import rng
@@ -177,6 +177,7 @@ class ProtectedFit:
     def _verify_base(self, session: AnySession) -> None:
         """Not training time: reading a large base takes seconds on a CPU."""
         assert self._live is not None
+        session.before_optimizer_step()
         session.pause()
         self._live.verify_base()
         self._is_base_verified = True
@@ -192,10 +193,11 @@ class ProtectedFit:
             self._session.before_optimizer_step()
             self._session.pause()
             if self._is_due and not self._is_too_early() and weights.rest_in_validation(self._trainer):
-                content = self._capture(is_end=False)
+                content = certain(lambda: self._capture(is_end=False))
                 cut_off = f"the validation of step {content.step} was cut off by a preemption and is not repeated"
                 content = replace(content, notes=(*content.notes, cut_off))
                 self._session.rests(lambda: content)
+            self._live.forget()
 
     def epoch_ends(self) -> None:
         """The running iteration of the loaders is over."""
@@ -294,6 +296,7 @@ class ProtectedFit:
             notes=self._notes(),
             loggers=trackers.running(trainer),
             pinned_step=self._best_step if self._best_step not in {0, trainer.global_step} else None,
+            is_current=self._live.check(),
         )
 
     def _notes(self) -> tuple[str, ...]:

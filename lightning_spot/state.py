@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_spot import metrics, weights
-from lightning_spot.module_state import ModuleState
+from lightning_spot.naming import Naming
 from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError, CorruptCheckpointError
 from spot_core.ranks.team import named
@@ -33,8 +33,8 @@ SPOT_STATE = "spot_state.pt"
 HYPER_PARAMETERS = frozenset(
     f"{owner}{part}" for owner in ("", "datamodule_") for part in ("hyper_parameters", "hparams_name", "hparams_type")
 )
-# Of `spot_state.pt`: lists of names that are made anew where they change.
-_NEVER_CHANGED = frozenset({"absent", "trained"})
+# Of `spot_state.pt`: made for this checkpoint, or anew where it changes.
+_NEVER_CHANGED = frozenset({"absent", "ahead", "loaders", "step", "trained"})
 # Of a `.ckpt`: what Lightning decides by, beside weights and optimizer.
 _OF_RANK = ("callbacks", "lr_schedulers", "loops")
 _NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended"
@@ -71,8 +71,8 @@ class LiveState:
     def __init__(self, trainer: Any, base: FrozenBase | None, absent: Collection[str] = ()) -> None:
         self._trainer, self._base = trainer, base
         # Walks over thousands of modules, taken once: they would be most of the time that a checkpoint holds up.
-        self._module = ModuleState(trainer.lightning_module)
         self._parameters = dict(trainer.lightning_module.named_parameters())
+        self._naming = Naming(trainer, base, self._parameters)
         self._metrics = metrics.of_module(trainer.lightning_module)
         self._absent: tuple[set[str], list[str]] = (set(), [])
         if base is not None:
@@ -81,13 +81,13 @@ class LiveState:
     def files(self, native: str, position: Position, extra: Mapping[str, Any]) -> list[NativeFile]:
         """The checkpoint's files for this moment between two steps. Cheap: large tensors are named, small ones cloned.
 
-        Raises ConfigError if the module leaves trained tensors out of its checkpoints.
+        They may name too much or too little, as the function `check` says. Raises ConfigError if the module leaves
+        trained tensors out of its checkpoints.
         """
-        trainer = self._trainer
-        live = self._module.state_dict()
+        trainer, names = self._trainer, self._naming.names()
+        live = names.live
         checkpoint = self._dump(live)
-        if self._base is not None:
-            weights.trim(checkpoint, self._base.keys(live))
+        weights.trim(checkpoint, names.frozen)
         if position.before_fetch is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = position.before_fetch.states
         absent = self._checked(live.keys() - checkpoint[weights.WEIGHTS[0]].keys())
@@ -104,21 +104,29 @@ class LiveState:
             "should_stop": trainer.should_stop and not position.is_end,
             "metrics": metrics.capture(trainer, self._metrics),
             "gradients": self._gradients(),
-            "trained": self._trained(),
+            "trained": names.trained,
             **(self._of_rank(checkpoint) if trainer.global_rank else {}),
             **extra,
         }
-        stable = self._stable()
+        places = {place for place in weights.WEIGHTS if place in checkpoint and names.only_stable(checkpoint[place])}
         return [
             TorchFile(
                 path=native,
                 tree=checkpoint,
-                is_volatile=lambda tensor: tensor.data_ptr() not in stable,
-                stable_keys=frozenset({"optimizer_states"}),
+                is_volatile=lambda tensor: tensor.data_ptr() not in names.stable,
+                stable_keys=frozenset({"optimizer_states", *places}),
                 inert_keys=HYPER_PARAMETERS,
             ),
             TorchFile(path=SPOT_STATE, tree=own, is_volatile=everything, stable_keys=_NEVER_CHANGED, is_part=True),
         ]
+
+    def check(self) -> Callable[[], bool]:
+        """What tells whether the files named last hold what they should. Any thread, before an optimizer steps."""
+        return self._naming.check()
+
+    def forget(self) -> None:
+        """Callbacks may have changed, frozen or exchanged anything: an epoch has ended, or a validation begins."""
+        self._naming.forget()
 
     def _of_rank(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """What another rank has beside the first one's `.ckpt`: metrics need not be the same on all of them."""
@@ -132,6 +140,7 @@ class LiveState:
         """Read the frozen base again: what training changes after all belongs to the checkpoints."""
         if self._base is not None:
             self._base.verify()
+        self.forget()
 
     def _dump(self, live: dict[str, Any]) -> dict[str, Any]:
         """Lightning's checkpoint, of a module whose state dict is known already."""
@@ -143,16 +152,13 @@ class LiveState:
             del connector._get_lightning_module_state_dict
         return checkpoint
 
-    def _trained(self) -> list[str]:
-        return [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-
     def _checked(self, absent: set[str]) -> list[str]:
         """The names in order. Raises ConfigError if one of them is trained."""
         known, names = self._absent
         if absent == known:
             return names
         names = sorted(absent)
-        trained = set(self._trained())
+        trained = set(self._naming.trained())
         lost = [name for name in names if name in trained]
         if lost:
             raise ConfigError(
@@ -162,11 +168,6 @@ class LiveState:
         self._absent = absent, names
         return names
 
-    def _stable(self) -> frozenset[int]:
-        """Data pointers of the weights that only the optimizer step changes."""
-        groups = (group for optimizer in self._trainer.optimizers for group in optimizer.param_groups)
-        return frozenset(parameter.data_ptr() for group in groups for parameter in group["params"]) - {0}
-
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Gradients that live across steps: under manual optimization one optimizer may be in mid-accumulation."""
         if self._trainer.lightning_module.automatic_optimization:
@@ -175,7 +176,7 @@ class LiveState:
 
     def check_loaded(self, stored: Mapping[str, torch.Tensor]) -> None:
         """Compare live weights with those of the checkpoint, bit for bit. Raises CorruptCheckpointError naming them."""
-        live = self._module.state_dict()
+        live = self._naming.state_dict()
         wrong = [key for key, tensor in stored.items() if key not in live or not _is_same(live[key], tensor)]
         if wrong:
             raise CorruptCheckpointError(

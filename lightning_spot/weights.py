@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, MutableMapping
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Where a checkpoint may hold the module's weights. The second is WeightAveraging's, whose average is in the first.
 WEIGHTS = ("state_dict", "current_model_state")
 
-_IS_TRAINED = attrgetter("requires_grad")
+_IS_TRAINED, _VERSION, _POINTER = attrgetter("requires_grad"), attrgetter("_version"), methodcaller("data_ptr")
 
 
 class FrozenBase:
@@ -35,7 +35,7 @@ class FrozenBase:
         self._device = device
         self._parameters = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self._digests = self._present_digests(self._parameters)
-        self._marks = {name: _mark(p) for name, p in self._parameters.items()}
+        self._marks = dict(zip(self._parameters, _marks(self._parameters.values()), strict=True))
         self.fingerprint = fingerprint.of_digests(self._digests)
         self._owners: dict[str, str] = {}  # key of the state dict -> the parameter it holds, or a part of
         self._known: frozenset[str] = frozenset()  # keys that were looked at
@@ -67,7 +67,7 @@ class FrozenBase:
         present = self._present_digests(self._parameters)
         moved = [name for name, digest in present.items() if self._digests[name] != digest]
         for name in moved:
-            del self._parameters[name]
+            self._let_go_of(name)
         self._held = [], set()
         self._verified += 1
         if not moved:
@@ -97,13 +97,15 @@ class FrozenBase:
     def _let_go_of_changed(self) -> bool:
         """Forget what was unfrozen or written to in place; returns whether there was any."""
         parameters = self._parameters.values()
-        is_as_marked = list(map(_mark, parameters)) == [self._marks[name] for name in self._parameters]
-        if is_as_marked and not any(map(_IS_TRAINED, parameters)):
+        if _marks(parameters) == list(self._marks.values()) and not any(map(_IS_TRAINED, parameters)):
             return False
         for name, parameter in list(self._parameters.items()):
             if parameter.requires_grad or _mark(parameter) != self._marks[name]:
-                del self._parameters[name]
+                self._let_go_of(name)
         return True
+
+    def _let_go_of(self, name: str) -> None:
+        del self._parameters[name], self._marks[name]
 
     def _find_owners(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
         by_pointer = {p.data_ptr(): name for name, p in self._parameters.items() if p.data_ptr()}
@@ -156,6 +158,11 @@ def complete(checkpoint: MutableMapping[str, Any], live: Mapping[str, Any], abse
 def _mark(parameter: torch.nn.Parameter) -> tuple[int, int]:
     """Changes when the parameter is written to in place, or given other memory."""
     return parameter.data_ptr(), parameter._version
+
+
+def _marks(parameters: Collection[torch.nn.Parameter]) -> list[tuple[int, int]]:
+    """Of each, without a Python loop."""
+    return list(zip(map(_POINTER, parameters), map(_VERSION, parameters), strict=True))
 
 
 def rest_in_validation(trainer: Any) -> bool:

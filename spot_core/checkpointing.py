@@ -71,7 +71,7 @@ class Checkpointer:
         content = capture()
         if content.step == self.captured_step and not self._local.is_lost(self._local.committed.get(content.step)):
             return None
-        snapshot = self._snapshotter.take(content.files)
+        snapshot = self._snapshotter.take(content.files, content.is_current)
         self._writer.submit(snapshot, self._manifest(content, useful_s), self._written)
         self.captured_step = content.step
         return time.perf_counter() - began

@@ -9,6 +9,7 @@ SpotError
 ├── FencedError              a newer life of this run exists; stop, write nothing
 ├── CorruptCheckpointError   what is stored is not what was committed; try the older one
 │   └── NewerFormatError     a newer release committed it; try the older one, change nothing about it
+├── ChangedStateError        what was to be copied is not what the trainer has any more; take another checkpoint
 ├── DeadlineError            the grace period is too short for what was asked
 └── AgentError               the agent process could not be started or died during start
 """
@@ -58,6 +59,10 @@ class NewerFormatError(CorruptCheckpointError):
 
 class Preempted(SystemExit):
     """Ends the process of a preempted run with the configured exit code. No SpotError: nobody is to catch it."""
+
+
+class ChangedStateError(SpotError):
+    """The trainer's state consists of other tensors than a snapshot was told."""
 
 
 class DeadlineError(SpotError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spot_core.errors import ConfigError
@@ -14,6 +14,11 @@ from spot_core.store.manifest import Manifest
 from spot_core.store.posix import PosixTier
 
 
+def assured() -> bool:
+    """Of a capture in which nothing is assumed."""
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
     """What an adapter hands over at a boundary. native: the part of `files` that stock tools load.
@@ -21,6 +26,8 @@ class Capture:
     max_steps: steps this training is to last, if known. notes: why a resume from here is not bit-exact.
     pinned_step: step of an earlier checkpoint that must be kept with this one (the best model), if any. loggers: ids
     of tracker runs, by tracker, that only the adapter knows.
+    is_current: whether `files` name what they should, where the adapter assumed what takes long to look up. Asked once,
+    by any thread, before an optimizer steps again; where it says no, the next capture assumes nothing.
     """
 
     step: int
@@ -31,6 +38,13 @@ class Capture:
     notes: tuple[str, ...] = ()
     pinned_step: int | None = None
     loggers: Mapping[str, str] = field(default_factory=dict)
+    is_current: Callable[[], bool] = assured
+
+
+def certain(capture: Callable[[], Capture]) -> Capture:
+    """A capture that is known to be current, for a checkpoint that has to be written."""
+    content = capture()
+    return replace(content if content.is_current() else capture(), is_current=assured)
 
 
 @dataclass(frozen=True, slots=True)

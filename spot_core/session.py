@@ -17,6 +17,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from spot_core.checkpointing import Checkpointer
 from spot_core.config import SpotConfig
 from spot_core.emergency import Action, EmergencyPath
 from spot_core.errors import FencedError, Preempted, shown
-from spot_core.handover import Capture, ResumePoint
+from spot_core.handover import Capture, ResumePoint, certain
 from spot_core.notice.signals import SignalWatcher, of_user
 from spot_core.pacing import Pacer
 from spot_core.ranks.leader import Alone
@@ -167,8 +168,9 @@ class Session:
             self._stand_in.rests(capture)
 
     def moves(self) -> None:
-        """The rest is over. Raises Preempted if its last checkpoint was taken meanwhile."""
+        """The rest is over, a step begins. Raises Preempted if its last checkpoint was taken meanwhile."""
         self._stand_in.moves()
+        self._snapshotter.moves()
 
     def pause(self) -> None:
         """What follows (an evaluation, the trainer's own save) is not useful training time."""
@@ -191,7 +193,7 @@ class Session:
                 self._stop(capture if action is Action.LEAVE else None)
             if action in {Action.SAVE, Action.COPY}:
                 checkpoints.wait()
-                self._take(capture)
+                self._take(capture, may_fail=action is Action.SAVE and not is_required)
             if action is Action.COPY and checkpoints.captured_step is not None:
                 self._emergency.copied(checkpoints.captured_step)
 
@@ -222,10 +224,12 @@ class Session:
             is_durable=lambda step: local.committed.get(step) in agent.durable,
         )
 
-    def _take(self, capture: Callable[[], Capture]) -> None:
+    def _take(self, capture: Callable[[], Capture], *, may_fail: bool = False) -> None:
+        """may_fail: another one comes soon, so that what `capture` assumes may turn out wrong."""
         checkpoints, _, _ = self._running()
+        looked_up = capture if may_fail and self._ranks.is_alone else partial(certain, capture)
         self.before_optimizer_step()  # two boundaries without a step in between: the gate is still closed
-        stall_s = checkpoints.take(lambda: self._ranks.completed(capture()), useful_s=self._pacer.useful_s)
+        stall_s = checkpoints.take(lambda: self._ranks.completed(looked_up()), useful_s=self._pacer.useful_s)
         if stall_s is not None:
             self._pacer.taken(stall_s)
 
@@ -291,7 +295,7 @@ class Session:
         checkpoints, _, local = self._running()
         self.moves()
         checkpoints.wait()
-        content = capture()
+        content = certain(capture)
         self._take(lambda: content)
         checkpoints.wait()
         if local.wait_for_room(self.config.drain_timeout_s):

@@ -156,7 +156,7 @@ class DataPosition:
             batches=consumed,
             epoch_start=self._epoch_start,
             ahead=tuple(ahead),
-            step=_with_devices(fetched_since[0], step) if fetched_since else replace(step, own=self._now().own),
+            step=_with_devices(fetched_since[0], step) if fetched_since else replace(step, own=rng.of_own(self._own)),
         )
 
     def settle(self) -> None:

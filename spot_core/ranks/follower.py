@@ -15,7 +15,7 @@ from typing import Any
 from spot_core.config import SpotConfig
 from spot_core.emergency import Action
 from spot_core.errors import Preempted
-from spot_core.handover import Capture, ResumePoint
+from spot_core.handover import Capture, ResumePoint, certain
 from spot_core.notice.signals import SignalWatcher, of_user
 from spot_core.ranks.team import Opened, Team
 
@@ -92,7 +92,7 @@ class Follower:
         self.signals.uninstall(is_leaving=isinstance(error, Preempted) and self.config.on_preempt == "exit")
 
     def _hand_over(self, capture: Callable[[], Capture]) -> None:
-        content = capture()
+        content = certain(capture)
         try:
             self._team.hand_over(content.step, content.files)
         except OSError as error:

@@ -11,18 +11,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
+from spot_core.errors import ChangedStateError
 from spot_core.snapshot.buffers import HostBuffers
 from spot_core.snapshot.files import BytesFile, NativeFile, SafetensorsFile, TorchFile
 from spot_core.snapshot.trees import rebuild
 
 logger = logging.getLogger(__name__)
+
+# How long the copy waits for the training thread to be in its next step. Before it lets go of the interpreter it has
+# thousands of tensors to name: beside a forward pass that costs nothing, between two steps training waits for it.
+_HOLD_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +55,31 @@ class Snapshotter:
         self._held: list[torch.Tensor] = []
         self._copied: torch.cuda.Event | None = None
         self._is_buffered = True
+        self._moves = threading.Event()
 
-    def take(self, files: Sequence[NativeFile]) -> Snapshot:
-        """Start copying `files`; the previous snapshot must have been written. Returns within the volatile copy."""
+    def take(self, files: Sequence[NativeFile], is_current: Callable[[], bool] | None = None) -> Snapshot:
+        """Start copying `files`; the previous snapshot must have been written. Returns within the volatile copy.
+
+        is_current: asked before the copy; if `files` turn out not to be what they should, nothing is copied.
+        """
         fixed = [_freeze(file) for file in files]
         ordered: torch.cuda.Event | None = None
         if self._stream is not None:
             # The side stream must see the optimizer step that the current stream still has queued.
             ordered = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ordered.record(torch.cuda.current_stream(self._device))
-        self._pending = Snapshot(self._pool.submit(self._copy, fixed, ordered), threading.Event())
+        self._moves.clear()
+        self._pending = Snapshot(self._pool.submit(self._copy, fixed, ordered, is_current), threading.Event())
         return self._pending
+
+    def moves(self) -> None:
+        """The training thread is in its next step: the copy need not wait for that any longer."""
+        if self._pending is not None:
+            self._moves.set()
 
     def gate(self) -> float:
         """Wait until the optimizer may change what is being copied; returns the seconds waited."""
+        self.moves()
         pending, self._pending = self._pending, None
         if pending is None:
             return 0.0
@@ -85,7 +101,14 @@ class Snapshotter:
         self._pool.shutdown(wait=True)
 
     @torch.no_grad()
-    def _copy(self, files: list[NativeFile], ordered: torch.cuda.Event | None) -> list[NativeFile]:
+    def _copy(
+        self, files: list[NativeFile], ordered: torch.cuda.Event | None, is_current: Callable[[], bool] | None
+    ) -> list[NativeFile]:
+        self._moves.wait(_HOLD_S)
+        if is_current is not None and not is_current():
+            raise ChangedStateError(
+                "the model was changed otherwise than by training: a callback or a hook froze or exchanged a part of it"
+            )
         described = [file for file in files if not isinstance(file, BytesFile)]
         tensors = [file.ordered() for file in described]
         # Held until the next snapshot: freed while the side stream still reads it, memory would be handed out again.

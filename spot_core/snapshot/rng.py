@@ -6,6 +6,7 @@ Capturing and restoring draw nothing.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import struct
 from collections.abc import Sequence
@@ -41,8 +42,12 @@ def capture(*, with_devices: bool = True, own: Sequence[torch.Generator] = ()) -
     devices: dict[str, list[torch.Tensor]] = {}
     if with_devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices["cuda"] = list(torch.cuda.get_rng_state_all())
-    states = tuple(generator.get_state() for generator in own)
-    return RngState(_python.state(), _numpy.state(), torch.get_rng_state(), devices, states)
+    return RngState(_python.state(), _numpy.state(), torch.get_rng_state(), devices, of_own(own))
+
+
+def of_own(own: Sequence[torch.Generator]) -> tuple[torch.Tensor, ...]:
+    """The states of generators that belong to somebody."""
+    return tuple(generator.get_state() for generator in own)
 
 
 def restore(state: RngState, *, own: Sequence[torch.Generator] = ()) -> None:
@@ -138,12 +143,18 @@ def to_portable(state: RngState) -> dict[str, Any]:
     version, words, gauss = state.python
     name, keys, position, has_gauss, cached = state.numpy
     return {
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        "python": [version, _tensor_of(words), gauss],
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch_cpu": state.torch_cpu,
         "devices": state.devices,
         "own": list(state.own),
     }
+
+
+@functools.lru_cache(maxsize=8)
+def _tensor_of(words: tuple[int, ...]) -> torch.Tensor:
+    """Shared by the states of one moment, and by those of many where nothing draws from Python's generator."""
+    return torch.tensor(words, dtype=torch.int64)
 
 
 def from_portable(body: dict[str, Any]) -> RngState:

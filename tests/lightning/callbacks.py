@@ -7,7 +7,18 @@ from typing import Any
 
 from tests.lightning.namespace import pl
 
+
+class MovingWeights(pl.Callback):
+    """Gives every trained weight other memory, as tools that flatten or offload weights do; its value stays."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == 7:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
+
+
 OTHERS: dict[str, Callable[[], Any]] = {
+    "moving weights": MovingWeights,
     "unfreezing": lambda: pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
     "average": lambda: pl.callbacks.WeightAveraging(),
     "moving average": lambda: pl.callbacks.EMAWeightAveraging(decay=0.9),
