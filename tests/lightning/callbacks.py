@@ -9,12 +9,14 @@ from tests.lightning.namespace import pl
 
 
 class MovingWeights(pl.Callback):
-    """Gives every trained weight other memory, as tools that flatten or offload weights do; its value stays."""
+    """Gives every weight other memory, as tools that flatten or offload weights do; where it was is used otherwise."""
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         if trainer.global_step == 7:
             for parameter in module.parameters():
-                parameter.data = parameter.data.clone()
+                before = parameter.data
+                parameter.data = before.clone()
+                before.fill_(-1.0)
 
 
 OTHERS: dict[str, Callable[[], Any]] = {
