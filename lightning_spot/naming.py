@@ -87,6 +87,7 @@ class Naming:
         self._last = None
 
     def _are_current(self, names: Names) -> bool:
+        self._may_assume = False  # nor where looking fails, since forward exchanges parts at this moment
         self._may_assume = self._find().is_same(names)
         return self._may_assume
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from spot_core.agent.local_run import LocalRun
 from spot_core.agent.monitor import AgentMonitor
-from spot_core.errors import FencedError
+from spot_core.errors import ChangedStateError, FencedError
 from spot_core.handover import Capture
 from spot_core.report import loggers
 from spot_core.snapshot.capture import Snapshotter
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class Checkpointer:
     """Takes checkpoints. number: of this life. captured_step: the step that was resumed from, if any.
 
-    fence: why nothing more may be committed, if so. failure: why the last commit failed, empty if it did not.
+    fence: why nothing more may be committed, if so. failure: why the last commit failed, empty if it did not. is_owed:
+    whether the last one assumed what was not so; the next does not.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Checkpointer:
         self._writer = CheckpointWriter(tier, snapshotter, number=number, prepare=local.prepare)
         self.captured_step = captured_step
         self.failure = ""
+        self.is_owed = False
         self.fence: str | None = None
 
     @property
@@ -72,8 +74,8 @@ class Checkpointer:
         if content.step == self.captured_step and not self._local.is_lost(self._local.committed.get(content.step)):
             return None
         snapshot = self._snapshotter.take(content.files, content.is_current)
+        self.captured_step, self.is_owed = content.step, False
         self._writer.submit(snapshot, self._manifest(content, useful_s), self._written)
-        self.captured_step = content.step
         return time.perf_counter() - began
 
     def close(self) -> None:
@@ -103,7 +105,7 @@ class Checkpointer:
         """Writer thread: a checkpoint was committed, or failed (then the writer has said so)."""
         if isinstance(written.error, FencedError):
             self.fence = str(written.error)
-        self.failure = written.failure
+        self.failure, self.is_owed = written.failure, isinstance(written.error, ChangedStateError)
         if written.error is not None:
             self.captured_step = None  # this step may be tried again
             return

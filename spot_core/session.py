@@ -203,7 +203,7 @@ class Session:
         if action is not Action.NONE:
             return action
         is_due = self._pacer.is_due(upload_pending_s=agent.pending_s or 0.0, hinted_unix_s=agent.hinted_unix_s)
-        return Action.SAVE if is_due and not checkpoints.is_busy else Action.NONE
+        return Action.SAVE if (is_due or checkpoints.is_owed) and not checkpoints.is_busy else Action.NONE
 
     def _act_instead(self, capture: Callable[[], Capture]) -> None:
         """The thread that stands in: raises Preempted once it has left, returns while there is time or no notice."""

@@ -16,8 +16,9 @@ from torch import nn
 
 from lightning_spot.naming import Naming
 from lightning_spot.weights import FrozenBase
+from spot_core.store import catalog
 from tests.lightning.job import JobSpec
-from tests.lightning.runs import assert_trains_nothing_more
+from tests.lightning.runs import assert_trains_nothing_more, local_of
 from tests.lives.lives import assert_same_training, left_step, live, live_to_the_end, uninterrupted
 
 
@@ -110,6 +111,21 @@ def test_what_was_forgotten_is_looked_up() -> None:
     assert training.naming.is_assumed
 
 
+def test_where_looking_fails_nothing_is_assumed_any_more() -> None:
+    training = Training()
+    training.naming.names()
+    training.naming.names()
+    is_current, layer = training.naming.check(), training.blocks[0]
+    del layer._parameters["weight"]  # as functional_call has it for a moment
+    layer._modules["weight"] = 1
+    with pytest.raises(AttributeError):
+        is_current()
+    del layer._modules["weight"]
+    layer.weight = nn.Parameter(torch.ones(2, 2))
+    training.assert_named_as_it_is()
+    assert not training.naming.is_assumed
+
+
 class Quantized(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}packed"] = self.weight.detach() * 2
@@ -137,6 +153,19 @@ def test_a_checkpoint_of_weights_that_were_moved_is_not_written_and_the_next_one
     assert_same_training(spec, reference)
     found = re.search(r"resume: step (\d+)", resumed.log)
     assert found is not None and int(found[1]) >= {"step:8": 6, "step:9": 8, "step:15": 12}[dies]
+
+
+def test_it_is_made_up_for_at_once(tmp_path: Path) -> None:
+    spec = JobSpec(
+        folder=str(tmp_path / "job"),
+        others=["moving weights"],
+        trainer={"max_epochs": 2},
+        interval_s=None,
+        options={"interval_steps": 4},
+    )
+    killed = live(dataclasses.replace(spec, dies="step:11"))
+    assert "checkpoint of step 8 not written (ChangedStateError" in killed.log
+    assert {name.step for name in catalog.names(local_of(spec))} & {9, 10}, killed.log
 
 
 def test_the_last_checkpoint_before_a_preemption_is_certain(tmp_path: Path) -> None:
