@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 # its state dict.
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
-_DETACHED, _POINTER = methodcaller("detach"), methodcaller("data_ptr")
+_DETACHED, POINTER = methodcaller("detach"), methodcaller("data_ptr")
 
 
 class ModuleState:
@@ -120,7 +120,7 @@ class _Places:
     def read(self) -> dict[str, Any]:
         """Raises KeyError, AttributeError if one is no longer there."""
         tensors = list(map(getitem, self._holders, self._names))
-        pointers = list(map(_POINTER, tensors))
+        pointers = list(map(POINTER, tensors))
         if pointers != self._pointers or not all(map(is_, tensors, self._tensors)):
             self._detached = dict(zip(self._keys, map(_DETACHED, tensors), strict=True))
             self._tensors, self._pointers = tensors, pointers

@@ -12,16 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress
-from operator import attrgetter, is_, methodcaller
+from operator import is_
 from typing import Any
 
 import torch
 
-from lightning_spot.module_state import ModuleState
-from lightning_spot.weights import FrozenBase
+from lightning_spot.module_state import POINTER, ModuleState
+from lightning_spot.weights import IS_TRAINED, FrozenBase
 from spot_core.handover import assured
-
-_IS_TRAINED, _POINTER = attrgetter("requires_grad"), methodcaller("data_ptr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Naming:
 
     def trained(self) -> list[str]:
         """The parameters that are trained, by name."""
-        return list(compress(self._parameters, map(_IS_TRAINED, self._parameters.values())))
+        return list(compress(self._parameters, map(IS_TRAINED, self._parameters.values())))
 
     def names(self) -> Names:
         """Those of the time before if nothing speaks against it: then `is_assumed`, and `check` has work to do."""
@@ -95,7 +93,7 @@ class Naming:
         live = self._module.state_dict()
         frozen = self._base.keys(live) if self._base is not None else set()
         groups = (group for optimizer in self._trainer.optimizers for group in optimizer.param_groups)
-        stable = frozenset(map(_POINTER, chain.from_iterable(group["params"] for group in groups))) - {0}
+        stable = frozenset(map(POINTER, chain.from_iterable(group["params"] for group in groups))) - {0}
         other = (key for key in live.keys() - frozen if not _lies_in(stable, live[key]))
         return Names(live, frozen, self.trained(), stable, set(other))
 

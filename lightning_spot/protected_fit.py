@@ -177,7 +177,7 @@ class ProtectedFit:
     def _verify_base(self, session: AnySession) -> None:
         """Not training time: reading a large base takes seconds on a CPU."""
         assert self._live is not None
-        session.before_optimizer_step()
+        session.before_optimizer_step()  # the copying thread looks at the base as well
         session.pause()
         self._live.verify_base()
         self._is_base_verified = True

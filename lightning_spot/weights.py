@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, MutableMapping
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 
+from lightning_spot.module_state import POINTER
 from lightning_spot.namespaces import is_a, is_own
 from spot_core.errors import ConfigError
 from spot_core.snapshot import fingerprint
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Where a checkpoint may hold the module's weights. The second is WeightAveraging's, whose average is in the first.
 WEIGHTS = ("state_dict", "current_model_state")
 
-_IS_TRAINED, _VERSION, _POINTER = attrgetter("requires_grad"), attrgetter("_version"), methodcaller("data_ptr")
+IS_TRAINED, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
 
 
 class FrozenBase:
@@ -35,7 +36,7 @@ class FrozenBase:
         self._device = device
         self._parameters = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self._digests = self._present_digests(self._parameters)
-        self._marks = dict(zip(self._parameters, _marks(self._parameters.values()), strict=True))
+        self._marks = self._present_marks()
         self.fingerprint = fingerprint.of_digests(self._digests)
         self._owners: dict[str, str] = {}  # key of the state dict -> the parameter it holds, or a part of
         self._known: frozenset[str] = frozenset()  # keys that were looked at
@@ -54,13 +55,14 @@ class FrozenBase:
         loaded: those into which a resume has put the values that they had, see `complete`. Written to once, in the same
         place, they need not be read again: the base is read after the first step anyway.
         """
+        present = self._present_marks()
         for name in self._parameters.keys() & loaded:
             pointer, version = self._marks[name]
-            if _mark(self._parameters[name]) == (pointer, version + 1):
-                self._marks[name] = pointer, version + 1
-        moved = {name: p for name, p in self._parameters.items() if _mark(p) != self._marks[name]}
+            if present[name] == (pointer, version + 1):
+                self._marks[name] = present[name]
+        moved = {name: p for name, p in self._parameters.items() if present[name] != self._marks[name]}
         self._digests |= self._present_digests(moved)
-        self._marks |= {name: _mark(p) for name, p in moved.items()}
+        self._marks = present
 
     def verify(self) -> None:
         """Read every weight again and let go of those that changed, however they were changed."""
@@ -96,16 +98,22 @@ class FrozenBase:
 
     def _let_go_of_changed(self) -> bool:
         """Forget what was unfrozen or written to in place; returns whether there was any."""
-        parameters = self._parameters.values()
-        if _marks(parameters) == list(self._marks.values()) and not any(map(_IS_TRAINED, parameters)):
+        present = self._present_marks()
+        if present == self._marks and not any(map(IS_TRAINED, self._parameters.values())):
             return False
         for name, parameter in list(self._parameters.items()):
-            if parameter.requires_grad or _mark(parameter) != self._marks[name]:
+            if parameter.requires_grad or present[name] != self._marks[name]:
                 self._let_go_of(name)
         return True
 
     def _let_go_of(self, name: str) -> None:
         del self._parameters[name], self._marks[name]
+
+    def _present_marks(self) -> dict[str, tuple[int, int]]:
+        """Of each parameter, what changes when it is written to in place, or given other memory."""
+        parameters = self._parameters.values()
+        marks = zip(map(POINTER, parameters), map(_VERSION, parameters), strict=True)
+        return dict(zip(self._parameters, marks, strict=True))
 
     def _find_owners(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
         by_pointer = {p.data_ptr(): name for name, p in self._parameters.items() if p.data_ptr()}
@@ -153,16 +161,6 @@ def complete(checkpoint: MutableMapping[str, Any], live: Mapping[str, Any], abse
                 "not started; nothing was changed. Build and freeze the model as in the run's earlier lives."
             )
         checkpoint[place] = {**stored, **{key: live[key] for key in absent}}
-
-
-def _mark(parameter: torch.nn.Parameter) -> tuple[int, int]:
-    """Changes when the parameter is written to in place, or given other memory."""
-    return parameter.data_ptr(), parameter._version
-
-
-def _marks(parameters: Collection[torch.nn.Parameter]) -> list[tuple[int, int]]:
-    """Of each, without a Python loop."""
-    return list(zip(map(_POINTER, parameters), map(_VERSION, parameters), strict=True))
 
 
 def rest_in_validation(trainer: Any) -> bool:
