@@ -120,29 +120,34 @@ class Drain:
         tier = self._here().get(name)
         if tier is None:
             return self.step(on_progress, on_durable)
-        try:
-            manifest = catalog.read_manifest(tier, name)
-            resume.verify(tier, manifest)
-        except (CorruptCheckpointError, FileNotFoundError) as error:
-            if name not in self._here():
-                logger.debug("local checkpoint %s was deleted to make room before it was drained", name)
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                manifest = catalog.read_manifest(tier, name)
+                looking = pool.submit(self._is_wanted, manifest)
+                resume.verify(tier, manifest)
+            except (CorruptCheckpointError, FileNotFoundError) as error:
+                if name not in self._here():
+                    logger.debug("local checkpoint %s was deleted to make room before it was drained", name)
+                    return self.step(on_progress, on_durable)
+                # Never upload what would not restore. The next local commit takes its place.
+                self._refused.add(name)
+                what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
+                logger.error("local checkpoint %s is %s and is not drained: %s", name, what, error)
                 return self.step(on_progress, on_durable)
-            # Never upload what would not restore. The next local commit takes its place.
-            self._refused.add(name)
-            what = "of a newer format" if isinstance(error, NewerFormatError) else "damaged"
-            logger.error("local checkpoint %s is %s and is not drained: %s", name, what, error)
-            return self.step(on_progress, on_durable)
-        self._upload(tier, manifest, on_progress)
+        if looking.result():
+            self._upload(tier, manifest, on_progress)
         self._durable.add(name)
         seconds = time.time() - manifest.created
         on_durable(name, seconds)
         self.prune()
         return name, seconds
 
-    def _upload(self, local: PosixTier, manifest: Manifest, on_progress: OnProgress) -> None:
+    def _is_wanted(self, manifest: Manifest) -> bool:
+        """Whether this life may upload it (FencedError) and an earlier attempt did not get through."""
         incarnation.check_fence(self._remote, self._incarnation)
-        if self._is_on_remote(manifest):
-            return
+        return not self._is_on_remote(manifest)
+
+    def _upload(self, local: PosixTier, manifest: Manifest, on_progress: OnProgress) -> None:
         folder, done = layout.checkpoint(manifest.name), 0
 
         def on_bytes(count: int) -> None:

@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from spot_core.store.manifest import FileRecord
 from spot_core.store.posix import write_all
+from spot_core.store.tier import BLOCK_BYTES
 
 _GATHERED_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20
@@ -92,29 +93,38 @@ class DigestingFile:
 
 
 class PlacedFile:
-    """A file whose parts are written in any order, by several threads, and digested in theirs.
+    """A file whose parts are written in any order, by several threads, and digested in theirs, as the system has them.
 
     It is closed when the last of them has let go of it: one that comes late must not meet another file's descriptor.
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         self._digest = blake3()
         self._digested = 0
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def place(self, start: int, data: bytes) -> None:
-        """Write a part where it starts."""
+        """Write a piece where it starts."""
         view, at = memoryview(data), start
         while view:
             count = os.pwrite(self._descriptor, view, at)
             view, at = view[count:], at + count
-        _write_back(self._descriptor, start, len(data))
 
-    def digest(self, data: bytes) -> None:
-        """Digest the next part, which has been placed."""
-        self._digest.update(data)
-        self._digested += len(data)
+    def begin(self, start: int, count: int) -> None:
+        """Have what was placed there be on its way to the disk."""
+        _write_back(self._descriptor, start, count)
+
+    def digest(self, count: int) -> None:
+        """Digest the next `count` bytes, which have been placed."""
+        end = self._digested + count
+        while self._digested < end:
+            read = os.preadv(self._descriptor, [self._buffer[: end - self._digested]], self._digested)
+            if read == 0:
+                break
+            self._digest.update(self._buffer[:read])
+            self._digested += read
 
     def durable(self, path: str) -> FileRecord:
         """Make it durable; returns size and digest under the name `path`."""

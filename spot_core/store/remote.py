@@ -36,7 +36,7 @@ from spot_core.store.manifest import FileRecord
 from spot_core.store.s3 import S3
 from spot_core.store.s3_files import PARALLEL_PARTS, PART_BYTES
 from spot_core.store.signing import UNSIGNED, Signing
-from spot_core.store.tier import RECORD_BYTES, OnBytes, check_record_size, unknown_scheme
+from spot_core.store.tier import RECORD_BYTES, OnBytes, Place, check_record_size, unknown_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -250,37 +250,45 @@ class FsspecTier:
         size = self.size(path) if size is None else size
         with _translated(f"read {self.url}/{path}"):
             file = PlacedFile(target)
-            with contextlib.closing(self._parts(path, size, file.place)) as parts:
-                for part in parts:
-                    file.digest(part)
-                    on_bytes(len(part))
+
+            def fetch(start: int, end: int) -> int:
+                count = self._place(path, start, end, file.place)
+                file.begin(start, count)
+                return count
+
+            with contextlib.closing(self._parts(size, fetch, are_results_large=False)) as parts:
+                for count in parts:
+                    file.digest(count)
+                    on_bytes(count)
             return file.durable(path)
+
+    def _place(self, path: str, start: int, end: int, place: Place) -> int:
+        if self._s3:
+            with _translated(f"read {self.url}/{path}"):
+                return self._s3.place(path, start, end, place)
+        part = self._fetch(path, start, end)
+        place(start, part)
+        return len(part)
 
     def record(self, path: str) -> FileRecord:
         digest, read = blake3(), 0
-        with contextlib.closing(self._parts(path, self.size(path), lambda *_: None)) as parts:
+        fetch = partial(self._fetch, path)
+        with contextlib.closing(self._parts(self.size(path), fetch, are_results_large=True)) as parts:
             for part in parts:
                 digest.update(part)
                 read += len(part)
         return FileRecord(path, read, digest.hexdigest())
 
-    def _parts(self, path: str, size: int, place: Callable[[int, bytes], None]) -> Generator[bytes, None, None]:
-        """What is stored, in order; a few parts travel at a time, while the one before is used. To be closed.
-
-        place: told of each part and where it starts when it has arrived, by the thread that fetched it.
-        """
-
-        def fetch(start: int) -> bytes:
-            part = self._fetch(path, start, min(start + PART_BYTES, size))
-            place(start, part)
-            return part
-
+    def _parts(
+        self, size: int, fetch: Callable[[int, int], _T], *, are_results_large: bool
+    ) -> Generator[_T, None, None]:
+        """What `fetch` gives for each part, from its start to its end; a few travel at a time. To be closed."""
         # Ranged reads are retried whole by the file system; get_file would leave garbage after a reset in mid-body.
+        fetches = (partial(fetch, at, min(at + PART_BYTES, size)) for at in range(0, size, PART_BYTES))
         if size <= PART_BYTES:
-            yield from [fetch(0)] if size else []
+            yield from (each() for each in fetches)
             return
-        fetches = (partial(fetch, start) for start in range(0, size, PART_BYTES))
-        with contextlib.closing(in_order(fetches, self._slots)) as parts:
+        with contextlib.closing(in_order(fetches, self._slots, are_results_large=are_results_large)) as parts:
             yield from parts
 
     def delete(self, paths: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
 from spot_core.store.manifest import FileRecord
 from spot_core.store.s3_files import S3Files
-from spot_core.store.tier import OnBytes
+from spot_core.store.tier import OnBytes, Place
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,10 @@ class S3:
     def read(self, path: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (without it) of a file."""
         return self.call(lambda: self._files.read(self._key(path), start, end))
+
+    def place(self, path: str, start: int, end: int, place: Place) -> int:
+        """The same, each piece of them to where it belongs; returns how many."""
+        return self.call(lambda: self._files.place(self._key(path), start, end, place))
 
     def put_file(self, source: Path, path: str, on_bytes: OnBytes) -> FileRecord | None:
         """Upload a file, a large one in parallel parts. What was begun and fails is aborted.

@@ -12,19 +12,21 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import FileIO
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import stamina
 from blake3 import blake3
 
 from spot_core.bounded import in_order
-from spot_core.store.tier import OnBytes
+from spot_core.store.tier import BLOCK_BYTES, OnBytes, Place
 
 PART_BYTES = 8 << 20
 PARALLEL_PARTS = 8
 _MAX_PARTS = 10_000
+_SIGNER = "s3v4-by-botocore"
 
 _T = TypeVar("_T")
 
@@ -49,8 +51,23 @@ class S3Files:
 
     def read(self, key: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (without it) of an object, fewer where it is shorter."""
+        return self._get(key, start, end, lambda body: bytes(body.read()))
+
+    def place(self, key: str, start: int, end: int, place: Place) -> int:
+        """As `read`, block by block to where each belongs; returns how many bytes. After a failure from the start."""
+
+        def use(body: Any) -> int:
+            at = start
+            for block in body.iter_chunks(BLOCK_BYTES):
+                place(at, block)
+                at += len(block)
+            return at - start
+
+        return self._get(key, start, end, use)
+
+    def _get(self, key: str, start: int, end: int, use: Callable[[Any], _T]) -> _T:
         which = f"bytes={start}-{end - 1}"
-        return self._request("get_object", lambda reply: bytes(reply["Body"].read()), Key=key, Range=which)
+        return self._request("get_object", lambda reply: use(reply["Body"]), Key=key, Range=which)
 
     def put(self, source: Path, key: str, on_bytes: OnBytes) -> str | None:
         """Upload a file; on_bytes is told of each part. What was begun and fails is aborted by its own id.
@@ -62,10 +79,12 @@ class S3Files:
         size = source.stat().st_size
         part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         if size <= part_bytes:
-            data = source.read_bytes()
-            digest, etag = blake3(data), _md5(data).hex()
-            self._request("put_object", lambda _: None, Key=key, Body=data)
-            on_bytes(size)
+            digest = blake3()
+            with open(source, "rb", buffering=0) as file:
+                body = _read_part(file, digest, bytearray(size))
+            etag = _md5(body).hex()
+            self._request("put_object", lambda _: None, Key=key, Body=body)
+            on_bytes(len(body))
         else:
             which = {"Bucket": self._bucket, "Key": key}
             which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
@@ -87,17 +106,16 @@ class S3Files:
         """Returns the digest of what was sent, the ETag that the whole will have, and how the store names its parts."""
         digest, sums = blake3(), b""
         is_over = threading.Event()
+        free: list[bytearray] = []  # new memory costs the system more than sending what is in it
 
-        def put(number: int, data: bytes) -> tuple[dict[str, Any], bytes, int]:
-            what = {**which, "PartNumber": number, "Body": data}
+        def put(number: int, body: bytearray) -> tuple[dict[str, Any], bytes, bytearray]:
+            what = {**which, "PartNumber": number, "Body": body}
             etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
-            return {"PartNumber": number, "ETag": etag}, _md5(data), len(data)
+            return {"PartNumber": number, "ETag": etag}, _md5(body), body
 
-        def puts(file: BinaryIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, int]]]:
+        def puts(file: FileIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, bytearray]]]:
             for number in range(1, -(-size // part_bytes) + 1):
-                data = file.read(part_bytes)
-                digest.update(data)
-                yield partial(put, number, data)
+                yield partial(put, number, _read_part(file, digest, free.pop() if free else bytearray(part_bytes)))
 
         parts = []
         try:
@@ -105,10 +123,11 @@ class S3Files:
                 open(source, "rb", buffering=0) as file,
                 contextlib.closing(in_order(puts(file), self._slots, are_results_large=False)) as sent,
             ):
-                for part, md5, count in sent:
+                for part, md5, body in sent:
                     parts.append(part)
                     sums += md5
-                    on_bytes(count)
+                    on_bytes(len(body))
+                    free.append(body)
         finally:
             # What is on its way after a failure is not waited for: before an announced end something else may have to
             # be uploaded.
@@ -153,7 +172,21 @@ class S3Files:
             return self._made
 
 
-def _md5(data: bytes) -> bytes:
+def _read_part(file: FileIO, digest: blake3, body: bytearray) -> bytearray:
+    """Fill `body` with what comes next in a file, or less at its end, digested block by block; returns it.
+
+    A bytearray is what botocore sends as it is. Of bytes it makes a file, which is sent by 16 KiB.
+    """
+    filled = 0
+    with memoryview(body) as view:
+        while filled < len(view) and (count := file.readinto(view[filled : filled + BLOCK_BYTES])):
+            digest.update(view[filled : filled + count])
+            filled += count
+    del body[filled:]
+    return body
+
+
+def _md5(data: bytes | bytearray) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
@@ -161,6 +194,7 @@ def _make_client(fs: Any) -> Any:
     """A client with the options of an S3FileSystem, as `S3FileSystem.set_session` passes them on."""
     import botocore.session
     from botocore import UNSIGNED
+    from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
     from botocore.config import Config
 
     fs.connect()
@@ -173,7 +207,16 @@ def _make_client(fs: Any) -> Any:
     if fs.anon:
         config["signature_version"] = UNSIGNED
         options = {name: value for name, value in options.items() if name not in keys}
-    return session.create_client("s3", config=Config(**config), **options)
+    client = session.create_client("s3", config=Config(**config), **options)
+    if "signature_version" not in config and not client.meta.config.auth_scheme_preference:
+        AUTH_TYPE_MAPS[_SIGNER] = S3SigV4Auth
+        client.meta.events.register("choose-signer.s3", _choose_signer)
+    return client
+
+
+def _choose_signer(signing_name: str, signature_version: object, **_: object) -> str | None:
+    """Not the CRT's signer, which has Python hand it a body by 4 KiB, but botocore's own. None: as it would be."""
+    return _SIGNER if signing_name == "s3" and signature_version in {"v4", "s3v4"} else None
 
 
 def _additions(fs: Any, client: Any, operation: str) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from spot_core.store.manifest import FileRecord
 from spot_core.store.signing import Signing
 
 # Read by as much as a processor's own cache holds: digested or copied from there it takes a third of the time.
-_BLOCK_BYTES = 512 << 10
+BLOCK_BYTES = 512 << 10
 # What `read` gives, at most. Manifests and the other records are far smaller; one that is not was not written by us.
 RECORD_BYTES = 64 << 20
 OnBytes = Callable[[int], None]
+# Told of bytes and where in a file they start.
+Place = Callable[[int, bytes], None]
 
 # What brings the file system of a scheme.
 _PACKAGES = {
@@ -173,7 +175,7 @@ def digest_file(path: Path) -> FileRecord:
 
 def blocks(file: FileIO) -> Iterator[memoryview]:
     """What an unbuffered file holds, in order. Each is good until the next one is asked for."""
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    buffer = memoryview(bytearray(BLOCK_BYTES))
     while count := file.readinto(buffer):
         yield buffer[:count]
 
