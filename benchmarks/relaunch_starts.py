@@ -23,6 +23,8 @@ _SCRIPT = Path(__file__).with_name("relaunch_training.py")
 _ENDS_S = 300.0
 _PART_BYTES = 16 << 20
 _AT_ONCE = 4
+# Images set it; then each start compiles every module that it imports, which is seconds of noise.
+_COMPILES_EVERY_TIME = "PYTHONDONTWRITEBYTECODE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +98,12 @@ class Starts:
     def _run(self, told: dict[str, Any]) -> tuple[float, float, float]:
         """Start a process; when it was started, when it called the Trainer and when its first step was done."""
         about = {"trainer": self._trainer, "size": self._size, "folder": str(self._folder / "trainer"), **told}
+        kept = {name: value for name, value in os.environ.items() if name != _COMPILES_EVERY_TIME}
         began = time.monotonic()
         with open(self._log, "w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(_SCRIPT), json.dumps(about)],
-                env={**os.environ, "SPOT_STORAGE_OPTIONS": json.dumps(self._options), "PYTHONPATH": str(ROOT)},
+                env={**kept, "SPOT_STORAGE_OPTIONS": json.dumps(self._options), "PYTHONPATH": str(ROOT)},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

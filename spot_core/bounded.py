@@ -17,7 +17,7 @@ class NoAnswer(Exception):
 
 def within(seconds: float, operation: Callable[[], _T]) -> _T:
     """What `operation` returns or raises; NoAnswer if it does neither in time. It is left to a thread then."""
-    answer = _begin(operation)
+    answer = begin(operation)
     if not wait([answer], seconds).done:
         raise NoAnswer(f"no answer within {seconds:g} s")
     return answer.result()
@@ -46,7 +46,7 @@ def in_order(
     remaining, is_more = iter(operations), True
     coming: deque[tuple[Future[_T], _Slot]] = deque()
 
-    def may_begin() -> bool:
+    def maybegin() -> bool:
         """Takes a slot for the next one, unless a result is there to be used, or will be sooner."""
         if are_results_large:
             # Who holds slots for results does not wait for another: others may wait for those.
@@ -55,7 +55,7 @@ def in_order(
 
     try:
         while is_more or coming:
-            while is_more and may_begin():
+            while is_more and maybegin():
                 slot, operation = _Slot(slots), None
                 try:
                     operation = next(remaining, None)
@@ -64,7 +64,7 @@ def in_order(
                         is_more = False
                         slot.give_back()
                 if operation is not None:
-                    coming.append((_begin(operation), slot))
+                    coming.append((begin(operation), slot))
                     if not are_results_large:
                         coming[-1][0].add_done_callback(slot.give_back)
             if coming:
@@ -75,7 +75,8 @@ def in_order(
             slot.give_back()
 
 
-def _begin(operation: Callable[[], _T]) -> Future[_T]:
+def begin(operation: Callable[[], _T]) -> Future[_T]:
+    """Have `operation` done in a thread of its own, which nothing waits for when the process ends."""
     answer: Future[_T] = Future()
 
     def work() -> None:
@@ -84,6 +85,5 @@ def _begin(operation: Callable[[], _T]) -> Future[_T]:
         except BaseException as error:
             answer.set_exception(error)
 
-    # A thread of a pool would be waited for when the process ends.
     threading.Thread(target=work, name="bounded", daemon=True).start()
     return answer

@@ -6,14 +6,12 @@ come on standard input, never in arguments or the environment: they hold storage
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import logging.handlers
 import os
 import platform
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -28,6 +26,7 @@ from spot_core.agent.drain import Drain
 from spot_core.agent.fleet import FleetMember
 from spot_core.agent.journal import Journal
 from spot_core.agent.lives import Life
+from spot_core.agent.look import EarlyLook
 from spot_core.agent.process import Agent
 from spot_core.cadence.hazard import Evidence
 from spot_core.errors import ConfigError, SpotError, shown
@@ -39,7 +38,7 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
-from spot_core.store.tier import ObjectStore, Tier, open_tier, preload
+from spot_core.store.tier import Tier, open_tier, preload
 
 
 class _EventHandler(logging.Handler):
@@ -105,6 +104,7 @@ def main() -> int:
 def _serve(stream: TextIO) -> Agent | None:
     """Answer until a run is to be opened, and return its agent; None if the trainer wants no life, or has ended."""
     remote: Tier | None = None  # kept from the connection to the opening, which is of the same place
+    early: EarlyLook | None = None
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         _take_over(request["environment"])
@@ -112,13 +112,13 @@ def _serve(stream: TextIO) -> Agent | None:
         local = PosixTier(request["local"], Signing(request["run"], keys))
         remote = remote or open_tier(request["remote"], request["storage_options"], keys)
         if request["ask"] == "connect":
-            threading.Thread(target=_connect, args=(remote,), daemon=True).start()
+            early = EarlyLook(remote)
         elif request["ask"] == "peek":
             newest = opening.newest_manifest(local, remote)
             _send(stream, event="peeked", loggers=dict(newest.loggers) if newest else {})
-            remote = None
+            remote = early = None
         else:
-            return _open(request, stream, local, remote)
+            return _open(request, stream, local, remote, early)
     return None
 
 
@@ -132,14 +132,9 @@ def _take_over(environment: dict[str, str]) -> None:
         fsspec.config.set_conf_env(fsspec.config.conf, changed)  # it reads its variables only when it is loaded
 
 
-def _connect(remote: Tier) -> None:
-    """What is wrong is told when the run is opened."""
-    if isinstance(remote, ObjectStore):
-        with contextlib.suppress(Exception):
-            remote.connect()
-
-
-def _open(request: dict[str, Any], stream: TextIO, local: PosixTier, remote: Tier) -> Agent | None:
+def _open(
+    request: dict[str, Any], stream: TextIO, local: PosixTier, remote: Tier, early: EarlyLook | None
+) -> Agent | None:
     """Open the run, tell the trainer, and return the agent; None if the trainer wants no life."""
     background = ThreadPoolExecutor(1)  # a metadata service may take its time: it is asked while the run is opened
     asked = background.submit(read_instance, os.environ)
@@ -164,6 +159,7 @@ def _open(request: dict[str, Any], stream: TextIO, local: PosixTier, remote: Tie
             timeout_s=request["start_timeout_s"],
             on_progress=on_progress,
             is_wanted=lambda: _is_alive(trainer),
+            early=early,
         )
         if opened.incarnation is None:
             drain = _drain(request, local, remote, incarnation.newest(local), opened.overflow)

@@ -10,12 +10,15 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import stamina
 
 from spot_core.agent.drain import Drain
-from spot_core.agent.lives import Life, newest_durable, read_lives
+from spot_core.agent.lives import Life, read_lives
+from spot_core.agent.look import EarlyLook, Look, look_at
+from spot_core.bounded import begin
 from spot_core.errors import (
     AgentError,
     ConfigError,
@@ -63,17 +66,20 @@ def open_run(
     timeout_s: float,
     on_progress: OnProgress,
     is_wanted: Callable[[], bool] = lambda: True,
+    early: EarlyLook | None = None,
 ) -> Opened:
     """Check, restore and claim, retrying an unreachable remote for `timeout_s` seconds.
 
-    is_wanted: asked right before the claim, which would fence a life that began meanwhile.
+    is_wanted: asked right before the claim, which would fence a life that began meanwhile. early: a look at the remote
+    that has begun.
     Raises ConfigError (another run lives here, the local folder has no room), TierDeniedError, TierError (unreachable
     to the end), CorruptCheckpointError (checkpoints exist, none is valid).
     """
 
     def attempt() -> Opened:
         try:
-            return _open_once(local, remote, identity, is_resumed, started, is_wanted, on_progress=on_progress)
+            look = (early.take() if early is not None else None) or look_at(remote)
+            return _open_once(local, remote, look, identity, is_resumed, started, is_wanted, on_progress=on_progress)
         except TierError as error:
             if local.root.exists():
                 check_usable(local.root, 0)  # what is wrong with the local folder must not be blamed on the remote
@@ -154,6 +160,7 @@ def _retried(timeout_s: float, operation: Callable[[], _T]) -> _T:
 def _open_once(
     local: PosixTier,
     remote: Tier,
+    look: Look,
     identity: RunIdentity,
     is_resumed: bool,
     started: float,
@@ -161,9 +168,7 @@ def _open_once(
     *,
     on_progress: OnProgress,
 ) -> Opened:
-    # Listing first: on an object store it is what tells a missing bucket from an empty run.
-    recent = catalog.recent(remote, lambda: newest_durable(remote))
-    stored = identities.read_run(remote)
+    recent, stored = look.recent, look.stored
     identities.check_identity(stored, identity, remote.url)
     identities.check_same_run(local, stored)
     if stored is None and (recent.names or catalog.names(local)):
@@ -182,6 +187,7 @@ def _open_once(
             return Opened(None, restored, pin, read_lives(remote), end.max_steps, overflow)
     if not is_wanted():
         raise AgentError("the trainer ended before its life was claimed: nothing was claimed")
+    reading = begin(partial(read_lives, remote))
     number = _claim_once(local, remote, identity, started)
     if is_resumed and any(catalog.has_newer(tier, newest) for tier in (remote, *near)):
         # The life before this one committed once more before it saw the claim.
@@ -191,7 +197,7 @@ def _open_once(
         overflow = overflow_of(local, remote)
     for tier in _near(local, overflow):
         retention.sweep_orphans(tier, catalog.names(tier), before_incarnation=number)
-    lives = [life for life in read_lives(remote) if life.incarnation < number]
+    lives = [life for life in reading.result() if life.incarnation < number]
     return Opened(number, restored, pin, lives, overflow=overflow)
 
 

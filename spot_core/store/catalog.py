@@ -30,10 +30,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Recent:
-    """Committed checkpoints of a tier, newest first: those from `since` on, all of them if that is None."""
+    """Committed checkpoints of a tier, newest first: those from `since` on, all of them if that is None.
+
+    manifest: of the newest one, where it was read with them.
+    """
 
     names: list[CheckpointName]
     since: CheckpointName | None = None
+    manifest: Manifest | None = None
 
 
 def names(tier: Tier, *, since: CheckpointName | None = None) -> list[CheckpointName]:

@@ -167,11 +167,9 @@ class FsspecTier:
         return True
 
     def connect(self) -> None:
-        if self._folders is not None:
-            return  # they were connected to when they were opened
-        self.list(layout.INCARNATIONS)
-        with contextlib.suppress(FileNotFoundError):
-            self._fetch(layout.RUN, 0, 1)
+        if self._s3:  # another client than the one for records
+            with contextlib.suppress(FileNotFoundError):
+                self._fetch(layout.RUN, 0, 1)
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         if not self._is_conditional:

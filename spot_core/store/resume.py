@@ -111,6 +111,7 @@ def newest_valid(
                     remote,
                     here=name in here,
                     there=name in there,
+                    manifest=listed.manifest if listed.names[:1] == [name] else None,
                     overflow=overflow if name in over else None,
                     find_room=find_room,
                     on_progress=on_progress,
@@ -136,23 +137,25 @@ def fetch(
     here: bool,
     there: bool,
     on_progress: OnProgress,
+    manifest: Manifest | None = None,
     overflow: PosixTier | None = None,
     find_room: FindRoom | None = None,
 ) -> Restored:
     """Bring one checkpoint, verified, to the local tier. Raises CorruptCheckpointError if no copy is whole.
 
-    overflow: given if it holds one. find_room: asked before anything is downloaded.
+    manifest: the remote's, where it is known. overflow: given if it holds one. find_room: asked before anything is
+    downloaded.
     """
     problem: Exception | None = None
     for tier, source in ((local if here else None, "local"), (overflow, "overflow")):
         try:
             if tier is not None:
-                manifest = catalog.read_manifest(tier, name)
-                verify(tier, manifest)
-                _clear_of_strangers(tier, manifest)
+                found = catalog.read_manifest(tier, name)
+                verify(tier, found)
+                _clear_of_strangers(tier, found)
                 if problem is not None:
                     local.set_aside(name)  # what both processes look for first must not be the damaged copy
-                return Restored(manifest, source)
+                return Restored(found, source)
         except (CorruptCheckpointError, FileNotFoundError, TierError) as error:
             problem = error
             if there:
@@ -162,7 +165,7 @@ def fetch(
             raise problem
         raise CorruptCheckpointError(str(problem or f"checkpoint {name} is on neither tier")) from problem
     try:
-        manifest = catalog.read_manifest(remote, name)
+        manifest = manifest or catalog.read_manifest(remote, name)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"manifest {name} vanished from {remote.url}") from error
     check_sizes(remote, manifest)  # before room is made for what may be damage

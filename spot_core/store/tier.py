@@ -96,7 +96,7 @@ class ObjectStore(Protocol):
     overwrites: bool
 
     def connect(self) -> None:
-        """Have what the first requests need besides their answers: credentials, connections. Raises what they raise."""
+        """Have what the first files need besides their bytes: credentials, a connection. Raises what a read raises."""
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         """Whether a create-only write is refused where there is a file already.
