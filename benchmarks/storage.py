@@ -2,7 +2,7 @@
 
     python benchmarks/storage.py --size tiny|lora|full|all [--repeat 5] [--json FILE]
 
-The ways take turns in an order that rotates; the first round is not counted. Reported are medians:
+The ways take turns in an order drawn for each round; the first one is not counted. Reported are medians:
 - local commit: the bytes of one checkpoint, durable under their final name;
 - drain and restore: the same files to an S3 server over HTTP and back;
 - agent: memory and processor time of the process that drains and restores;

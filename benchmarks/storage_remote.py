@@ -23,6 +23,7 @@ from spot_core.store import layout, resume
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
+from spot_core.store.s3_files import PART_BYTES
 from spot_core.store.tier import digest_file
 from spot_core.testing.checkpoints import commit_checkpoint
 
@@ -42,6 +43,8 @@ class Mover:
         commit_checkpoint(self._local, CheckpointName(1, self.manifest.step + 1))
         self._sources = [self._local.path(self._path(file.path)) for file in self.manifest.files]
         self._turn = 0
+        self._first = folder / "two-parts"
+        self._first.write_bytes(bytes(PART_BYTES + 1))
 
     def _path(self, file: str) -> str:
         return f"{layout.checkpoint(self.manifest.name)}/{file}"
@@ -50,8 +53,14 @@ class Mover:
         self._turn += 1
         return FsspecTier(f"s3://{self._bucket}/turn-{self._turn}/run", self._options)
 
-    def drain(self) -> float:
+    def _known_remote(self) -> FsspecTier:
+        """One of which it is known what the first upload of a life finds out about its store."""
         remote = self._new_remote()
+        remote.upload(self._first, "first", lambda _: None)
+        return remote
+
+    def drain(self) -> float:
+        remote = self._known_remote()
         for tier in (remote, self._local):  # what a claim leaves, without its waiting
             tier.replace(layout.incarnation(1), b"{}\n")
         remote.refuses_overwrite(layout.incarnation(1), b"{}\n")
@@ -65,7 +74,7 @@ class Mover:
         return ended[0] - began
 
     def upload(self) -> float:
-        remote = self._new_remote()
+        remote = self._known_remote()
         began = time.perf_counter()
         with ThreadPoolExecutor(4) as pool:
             files = (file.path for file in self.manifest.files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,12 +36,15 @@ class Result:
 
 
 def take_turns(ways: Mapping[str, Way], *, repeat: int) -> list[Row]:
-    """The ways take turns in an order that rotates. The first round, which opens connections, is not counted."""
+    """The ways take turns, in an order drawn for each round: what comes before moves what a way takes.
+
+    The first round, which opens connections, is not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
+    order, drawn = list(ways), random.Random(0)
     for turn in range(repeat + 1):
-        first = turn % len(order)
-        for name in order[first:] + order[:first]:
+        drawn.shuffle(order)
+        for name in order:
             taken_s = ways[name]()
             if turn:
                 seconds[name].append(taken_s)

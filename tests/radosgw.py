@@ -60,7 +60,7 @@ mon data = {folder}/mon
 osd data = {folder}/osd
 [client.gateway]
 rgw data = {folder}/gateway
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 """
 
 _CAPABILITIES = {

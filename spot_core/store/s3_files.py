@@ -27,6 +27,7 @@ PART_BYTES = 8 << 20
 PARALLEL_PARTS = 8
 _MAX_PARTS = 10_000
 _SIGNER = "s3v4-by-botocore"
+_SIGNED = bytearray(b"what was signed")
 
 _T = TypeVar("_T")
 
@@ -42,8 +43,9 @@ class S3Files:
         self, fs: Any, bucket: str, is_passing: Callable[[Exception], bool], slots: threading.Semaphore
     ) -> None:
         self._fs, self._bucket, self._is_passing, self._slots = fs, bucket, is_passing, slots
-        self._making = threading.Lock()
+        self._making, self._trying = threading.Lock(), threading.Lock()
         self._made: Any = None
+        self._refuses: bool | None = None
 
     def forget_credentials(self) -> None:
         """Look them up again at the next request."""
@@ -74,7 +76,8 @@ class S3Files:
 
         Returns the digest of what was sent if the store says that it holds just that: by its size and, as most stores
         give it, an MD5 in the ETag. Nobody told it that sum: it must have read the bytes. None if the ETag is something
-        else, as with keys of KMS: then only reading back tells.
+        else, as with keys of KMS: then only reading back tells. Parts are not summed up here for a store that refuses
+        what does not fit its signature: it has read them to accept them, and the ETag has to be that of their ETags.
         """
         size = source.stat().st_size
         part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
@@ -105,13 +108,14 @@ class S3Files:
     ) -> tuple[blake3, str, list[dict[str, Any]]]:
         """Returns the digest of what was sent, the ETag that the whole will have, and how the store names its parts."""
         digest, sums = blake3(), b""
+        sum_of = _reported if self._refuses_altered(which["Key"]) else _own_sum
         is_over = threading.Event()
         free: list[bytearray] = []  # new memory costs the system more than sending what is in it
 
         def put(number: int, body: bytearray) -> tuple[dict[str, Any], bytes, bytearray]:
             what = {**which, "PartNumber": number, "Body": body}
             etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
-            return {"PartNumber": number, "ETag": etag}, _md5(body), body
+            return {"PartNumber": number, "ETag": etag}, sum_of(body, etag), body
 
         def puts(file: FileIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, bytearray]]]:
             for number in range(1, -(-size // part_bytes) + 1):
@@ -133,6 +137,35 @@ class S3Files:
             # be uploaded.
             is_over.set()
         return digest, f"{_md5(sums).hex()}-{len(parts)}", parts
+
+    def _refuses_altered(self, key: str) -> bool:
+        """Whether the store was seen to refuse a part of an upload to `key` that is not what was signed.
+
+        Over TLS the bytes are not signed. The upload is aborted: whatever the store takes, nothing comes of it.
+        """
+        with self._trying:
+            if self._refuses is None:
+                self._refuses = self._client().meta.endpoint_url.startswith("http://") and self._try_altered(key)
+            return self._refuses
+
+    def _try_altered(self, key: str) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        altering = _make_client(self._fs)
+        altering.meta.events.register("before-send.s3.UploadPart", _alter)
+        which = {"Bucket": self._bucket, "Key": key}
+        which["UploadId"] = self._fs.call_s3("create_multipart_upload", **which)["UploadId"]
+        try:
+            altering.upload_part(**which, **_additions(self._fs, altering, "upload_part"), PartNumber=1, Body=_SIGNED)
+        except ClientError as error:
+            return str(error.response.get("Error", {}).get("Code")) == "XAmzContentSHA256Mismatch"
+        except BotoCoreError:
+            pass  # the network: sums are taken here, which is as good
+        finally:
+            altering.close()
+            with contextlib.suppress(Exception):
+                self._fs.call_s3("abort_multipart_upload", **which)
+        return False
 
     def _request(
         self,
@@ -188,6 +221,22 @@ def _read_part(file: FileIO, digest: blake3, body: bytearray) -> bytearray:
 
 def _md5(data: bytes | bytearray) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def _own_sum(body: bytearray, _: str) -> bytes:
+    return _md5(body)
+
+
+def _reported(_: bytearray, etag: str) -> bytes:
+    """The sum that the store has made of a part; what is none fits no ETag of the whole."""
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex(etag.strip('"'))
+    return b""
+
+
+def _alter(request: Any, **_: Any) -> None:
+    """Send something else than what was signed."""
+    request.body = bytearray(reversed(_SIGNED))
 
 
 def _make_client(fs: Any) -> Any:

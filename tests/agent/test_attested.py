@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from spot_core.errors import CorruptCheckpointError
-from spot_core.store import catalog, resume
+from spot_core.errors import CorruptCheckpointError, TierError
+from spot_core.store import catalog, resume, s3_files
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
 from spot_core.store.s3_files import PART_BYTES
 from spot_core.store.tier import digest_file
 from spot_core.testing.checkpoints import commit_checkpoint
 from tests.agent.draining import ONE, THREE, TWO, drain_all, make_drain
-from tests.faultproxy import Fault, FaultProxy, Request
-from tests.servers import S3Server
+from tests.faultproxy import UNREACHABLE, Fault, FaultProxy, Request
+from tests.servers import GivenS3Server, S3Server, TlsS3Server
 
 PATH = "checkpoints/one/model.bin"
 SIZES = [1, PART_BYTES, 2 * PART_BYTES + 5]
@@ -69,6 +70,7 @@ def test_bytes_altered_on_the_way_are_not_attested(
 ) -> None:
     remote, proxy = careless
     source = make_source(tmp_path, size)
+    assert remote.upload(source, f"{PATH}.before", lambda _: None) is not None
     proxy.chooses = lambda request: Fault(alters=True) if is_upload(request) and not proxy.fired else None
     assert remote.upload(source, PATH, lambda _: None) is None
     assert proxy.fired
@@ -135,3 +137,116 @@ def test_what_changed_on_the_way_is_not_committed_and_the_next_attempt_is(
     assert catalog.names(remote) == [ONE]
     assert drain_all(drain) == [TWO]
     resume.verify(remote, catalog.read_manifest(remote, TWO))
+
+
+# -- stores that refuse what was not signed --------------------------------------------------------------------
+
+LARGE = 2 * PART_BYTES + 5
+
+
+def is_attempt(request: Request) -> bool:
+    """The part that is sent other than it was signed, to see whether it is refused."""
+    return is_upload(request) and request.headers["content-length"] == str(len(s3_files._SIGNED))
+
+
+@pytest.fixture
+def strict(remote: FsspecTier, proxy: FaultProxy) -> FsspecTier:
+    """Refuses it, as a store does that looks at signatures."""
+    refusal = Fault(status=400, code="XAmzContentSHA256Mismatch")
+    proxy.chooses = lambda request: refusal if is_attempt(request) else None
+    return remote
+
+
+@pytest.fixture
+def summed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many bytes sums were taken here, each time."""
+    counts: list[int] = []
+    md5 = s3_files._md5
+    monkeypatch.setattr(s3_files, "_md5", lambda data: (counts.append(len(data)), md5(data))[1])
+    return counts
+
+
+def test_a_store_that_refuses_what_was_not_signed_sums_the_parts_up(
+    strict: FsspecTier, proxy: FaultProxy, tmp_path: Path, summed: list[int]
+) -> None:
+    source = make_source(tmp_path, LARGE)
+    for path in (PATH, f"{PATH}.again"):
+        attested = strict.upload(source, path, lambda _: None)
+        assert attested is not None and (attested.bytes, attested.digest) == (LARGE, digest_file(source).digest)
+        assert strict.record(path).digest == digest_file(source).digest
+    assert summed == [3 * 16] * 2
+    assert sum(map(is_attempt, proxy.seen)) == 1
+
+
+def test_on_a_store_that_takes_it_the_sums_are_taken_here(
+    careless: tuple[FsspecTier, FaultProxy], tmp_path: Path, summed: list[int]
+) -> None:
+    remote, proxy = careless
+    source = make_source(tmp_path, LARGE)
+    for path in (PATH, f"{PATH}.again"):
+        assert remote.upload(source, path, lambda _: None) is not None
+        assert remote.record(path).digest == digest_file(source).digest
+    assert sum(summed) == 2 * (LARGE + 3 * 16)
+    assert sum(map(is_attempt, proxy.seen)) == 1
+
+
+def test_where_it_cannot_be_tried_the_sums_are_taken_here(
+    remote: FsspecTier, proxy: FaultProxy, tmp_path: Path, summed: list[int]
+) -> None:
+    proxy.chooses = lambda request: UNREACHABLE if is_attempt(request) else None
+    assert remote.upload(make_source(tmp_path, LARGE), PATH, lambda _: None) is not None
+    assert proxy.fired and sum(summed) == LARGE + 3 * 16
+
+
+@pytest.mark.parametrize("where", ["a part", "the whole"])
+@pytest.mark.parametrize("etag", ["0" * 32, "no sum"])
+def test_sums_of_the_store_that_do_not_fit_each_other_attest_nothing(
+    strict: FsspecTier, proxy: FaultProxy, tmp_path: Path, where: str, etag: str
+) -> None:
+    source = make_source(tmp_path, LARGE)
+    assert strict.upload(source, f"{PATH}.before", lambda _: None) is not None
+    # The last part is told by its length.
+    proxy.chooses = lambda request: (
+        Fault(etag=etag)
+        if (request.method == "HEAD" if where == "the whole" else request.headers.get("content-length") == "5")
+        else None
+    )
+    if where == "the whole":
+        assert strict.upload(source, PATH, lambda _: None) is None
+    else:
+        # The server finds that the list of parts names another one, or takes it: then nothing is attested.
+        with contextlib.suppress(TierError):
+            assert strict.upload(source, PATH, lambda _: None) is None
+    assert proxy.fired
+
+
+@pytest.mark.s3
+def test_nothing_is_left_of_the_attempt(remote: FsspecTier, tmp_path: Path) -> None:
+    assert remote.upload(make_source(tmp_path, LARGE), PATH, lambda _: None) is not None
+    assert remote.bucket is not None and remote.bucket.unfinished_uploads(PATH) == []
+    assert remote.size(PATH) == LARGE
+
+
+@pytest.mark.s3
+def test_a_store_that_looks_at_signatures_is_seen_to_do_so(
+    s3_server: S3Server | GivenS3Server, proxy: FaultProxy, tmp_path: Path, summed: list[int]
+) -> None:
+    if not isinstance(s3_server, GivenS3Server):
+        pytest.skip("this server checks no signatures")
+    remote, source = behind(proxy, s3_server), make_source(tmp_path, LARGE)
+    assert remote.upload(source, PATH, lambda _: None) is not None
+    assert summed == [3 * 16]
+    proxy.chooses = lambda request: Fault(alters=True) if is_upload(request) and not proxy.fired else None
+    with pytest.raises(TierError, match="XAmzContentSHA256Mismatch"):
+        remote.upload(source, f"{PATH}.altered", lambda _: None)
+    proxy.chooses = lambda request: None
+    assert remote.upload(source, f"{PATH}.altered", lambda _: None) is not None
+    assert remote.record(f"{PATH}.altered").digest == digest_file(source).digest
+
+
+def test_over_tls_it_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are not signed there: encryption protects them."""
+    monkeypatch.delattr(s3_files.S3Files, "_try_altered")
+    with TlsS3Server(tmp_path) as server:
+        tier = FsspecTier(f"s3://{server.new_bucket()}/run", server.options)
+        assert tier.upload(make_source(tmp_path, LARGE), PATH, lambda _: None) is not None
