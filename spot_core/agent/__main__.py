@@ -6,12 +6,14 @@ come on standard input, never in arguments or the environment: they hold storage
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
 import platform
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +28,7 @@ from spot_core.agent.drain import Drain
 from spot_core.agent.fleet import FleetMember
 from spot_core.agent.journal import Journal
 from spot_core.agent.lives import Life
-from spot_core.agent.look import EarlyLook
+from spot_core.agent.look import EarlyLook, prepare
 from spot_core.agent.process import Agent
 from spot_core.cadence.hazard import Evidence
 from spot_core.errors import ConfigError, SpotError, shown
@@ -38,7 +40,7 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import Signing
-from spot_core.store.tier import Tier, open_tier, preload
+from spot_core.store.tier import Tier, forget, open_tier, preload
 
 
 class _EventHandler(logging.Handler):
@@ -103,15 +105,23 @@ def main() -> int:
 
 def _serve(stream: TextIO) -> Agent | None:
     """Answer until a run is to be opened, and return its agent; None if the trainer wants no life, or has ended."""
-    remote: Tier | None = None  # kept from the connection to the opening, which is of the same place
+    remote: Tier | None = None  # kept while requests and environment stay the same
+    place: tuple[object, ...] = ()
     early: EarlyLook | None = None
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
-        _take_over(request["environment"])
         keys = tuple(request["signing_keys"])
+        before, place = place, (request["remote"], request["storage_options"], keys)
+        if _take_over(request["environment"]) or place != before:
+            remote = early = None
+        if request["ask"] == "prepare":
+            with contextlib.suppress(SpotError):  # told to who opens it
+                remote = open_tier(request["remote"], request["storage_options"], keys)
+                threading.Thread(target=prepare, args=(remote,), daemon=True).start()
+            continue
         local = PosixTier(request["local"], Signing(request["run"], keys))
         remote = remote or open_tier(request["remote"], request["storage_options"], keys)
-        if request["ask"] == "connect":
+        if request["ask"] == "look":
             early = EarlyLook(remote)
         elif request["ask"] == "peek":
             newest = opening.newest_manifest(local, remote)
@@ -122,14 +132,22 @@ def _serve(stream: TextIO) -> Agent | None:
     return None
 
 
-def _take_over(environment: dict[str, str]) -> None:
-    """Bring the environment to what the trainer's is now: it may have changed since this process was started."""
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
+def _take_over(environment: dict[str, str]) -> bool:
+    """Bring the environment to what the trainer's is now: it may have changed since this process was started.
+
+    Returns whether it had: file systems that were opened before have looked up their credentials in the old one.
+    """
+    gone = os.environ.keys() - environment.keys()
     changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    for name in gone:
+        del os.environ[name]
     os.environ.update(changed)
     if (fsspec := sys.modules.get("fsspec")) is not None:
         fsspec.config.set_conf_env(fsspec.config.conf, changed)  # it reads its variables only when it is loaded
+    if gone or changed:
+        for scheme in sys.argv[1:]:
+            forget(scheme)
+    return bool(gone or changed)
 
 
 def _open(

@@ -1,8 +1,8 @@
 """Starts agent processes, before anybody knows what to ask them.
 
-What opens a place takes time: to load, for s3 about a second, and to connect. The first is done while the model is made
-(`start_early`), the second while its frozen base is read (`EarlyAgent`). What is asked comes on standard input, a JSON
-object a line.
+What opens a place takes time: to load and to prepare, for s3 about a second, and to look at. The first is done while
+the model is made (`start_early`), the second while its frozen base is read (`EarlyAgent`). What is asked comes on
+standard input, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -72,14 +72,16 @@ _waiting = _Waiting()
 
 
 def start_early(config: SpotConfig) -> None:
-    """Have an agent load what the URLs of `config` need, if that takes time, for whoever asks first.
+    """Have an agent load what the URLs of `config` need, if that takes time, and look up credentials.
 
-    One that is never asked ends with this process. Ranks other than 0 start none.
+    It waits for whoever asks first; one that is never asked ends with this process. Ranks other than 0 start none.
     """
     schemes = _schemes(config)
     is_first = all(os.environ.get(name, "0").strip() in {"", "0"} for name in _RANKS)
     if schemes and is_first and not _waiting.has(schemes):
-        _waiting.put(_start(schemes), schemes)
+        process = _start(schemes)
+        ask(process, "prepare", place(config))
+        _waiting.put(process, schemes)
 
 
 def start(config: SpotConfig) -> AgentProcess:
@@ -94,14 +96,14 @@ def give_back(process: AgentProcess, config: SpotConfig) -> None:
 
 
 class EarlyAgent:
-    """An agent that connects to the remote while the trainer still finds out what to ask: a base is being read.
+    """An agent that looks at the remote while the trainer still finds out what to ask: a base is being read.
 
     Ends with its block unless a session has taken it.
     """
 
     def __init__(self, config: SpotConfig) -> None:
         self._process: AgentProcess | None = start(config)
-        ask(self._process, "connect", place(config))
+        ask(self._process, "look", place(config))
 
     def take(self) -> AgentProcess | None:
         """The process, which is the caller's from here on; None if it was taken."""
@@ -129,7 +131,7 @@ def place(config: SpotConfig) -> dict[str, Any]:
 
 
 def ask(process: AgentProcess, what: str, request: Mapping[str, Any]) -> None:
-    """Ask an agent to `connect`, `peek` or `open`; or to `claim` what it has opened.
+    """Ask an agent to `prepare`, `look`, `peek` or `open`; or to `claim` what it has opened.
 
     It gets the environment as it is now: it may have been started before that was complete.
     """

@@ -49,7 +49,7 @@ class EarlyLook:
     def __init__(self, remote: Tier) -> None:
         self._began = time.monotonic()
         self._answer: Future[Look] | None = begin(partial(_look_early, remote))
-        self._answer.add_done_callback(partial(_connect, remote))
+        self._answer.add_done_callback(lambda _: prepare(remote))  # for the download, while the look is put to use
 
     def take(self) -> Look | None:
         """What was seen, once; None if it failed, is old or takes long: the next look tells what is the matter."""
@@ -67,8 +67,8 @@ def _look_early(remote: Tier) -> Look:
     return look
 
 
-def _connect(remote: Tier, looked: Future[Look]) -> None:
-    """For the download, while the look is put to use. What is wrong is told then."""
-    if looked.exception() is None and isinstance(remote, ObjectStore):
+def prepare(remote: Tier) -> None:
+    """Look up credentials and make clients, without a request to the store. What is wrong the first request tells."""
+    if isinstance(remote, ObjectStore):
         with contextlib.suppress(Exception):
-            remote.connect()
+            remote.prepare()

@@ -30,7 +30,7 @@ from spot_core.errors import (
     TierError,
     shown,
 )
-from spot_core.store import folders, layout, s3
+from spot_core.store import folders, s3
 from spot_core.store.digesting import PlacedFile
 from spot_core.store.manifest import FileRecord
 from spot_core.store.s3 import S3
@@ -166,10 +166,9 @@ class FsspecTier:
             return False
         return True
 
-    def connect(self) -> None:
-        if self._s3:  # another client than the one for records
-            with contextlib.suppress(FileNotFoundError):
-                self._fetch(layout.RUN, 0, 1)
+    def prepare(self) -> None:
+        if self._s3:
+            self._s3.prepare()
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         if not self._is_conditional:

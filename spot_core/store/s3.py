@@ -135,6 +135,10 @@ class S3:
         self._renewals = 0
         fs.retries = RETRIES_AT_FIRST
 
+    def prepare(self) -> None:
+        """Make the clients for records and for files."""
+        self._files.prepare()
+
     def call(self, operation: Callable[[], _T]) -> _T:
         """Run `operation`; once more with new credentials if they expired, or plainly if the checksum is unknown."""
         renewals, more = self._renewals, self._fs.s3_additional_kwargs

@@ -47,6 +47,10 @@ class S3Files:
         self._made: Any = None
         self._refuses: bool | None = None
 
+    def prepare(self) -> None:
+        """Make the client, and that of the file system."""
+        self._client()
+
     def forget_credentials(self) -> None:
         """Look them up again at the next request."""
         self._made = None

@@ -95,8 +95,8 @@ class ObjectStore(Protocol):
 
     overwrites: bool
 
-    def connect(self) -> None:
-        """Have what the first files need besides their bytes: credentials, a connection. Raises what a read raises."""
+    def prepare(self) -> None:
+        """Have what the first requests need besides their answers: credentials and clients. Raises what those raise."""
 
     def refuses_overwrite(self, path: str, data: bytes) -> bool:
         """Whether a create-only write is refused where there is a file already.
@@ -142,6 +142,14 @@ def preload(scheme: str) -> None:
             from spot_core.store import remote  # noqa: F401
 
             fsspec.get_filesystem_class(scheme)
+
+
+def forget(scheme: str) -> None:
+    """Have the next tier of that scheme look up its credentials anew, which file systems keep for the process."""
+    with contextlib.suppress(Exception):
+        import fsspec
+
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 def check_record(found: FileRecord, wanted: FileRecord, where: str) -> None:

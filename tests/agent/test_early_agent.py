@@ -227,6 +227,38 @@ def test_it_connects_while_a_base_is_read_and_writes_nothing(
     _end(client)
 
 
+def _is_prepared() -> bool:
+    """Whether the one that waits has a file system: those of object stores have a thread."""
+    process = _waiting()
+    assert process is not None
+    return psutil.Process(process.pid).num_threads() > 1
+
+
+def test_it_asks_the_store_nothing_before_anything_is_trained(
+    place: Place, s3_server: S3Server, proxy: FaultProxy
+) -> None:
+    config = _on_s3(place, proxy, s3_server.new_bucket())
+    start_early(config)
+    eventually(_is_prepared, "it has opened the place")
+    assert proxy.seen == []
+    with EarlyAgent(config) as early:
+        client = AgentClient(config, IDENTITY, early)
+        assert client.open().incarnation == 1
+    _end(client)
+
+
+def test_what_was_prepared_for_another_place_is_not_used(place: Place, s3_server: S3Server, proxy: FaultProxy) -> None:
+    buckets = [s3_server.new_bucket() for _ in range(2)]
+    start_early(_on_s3(place, proxy, buckets[0]))
+    eventually(_is_prepared, "it has opened the place")
+    config = _on_s3(place, proxy, buckets[1])
+    with EarlyAgent(config) as early:
+        client = AgentClient(config, IDENTITY, early)
+        assert client.open().incarnation == 1
+    _end(client)
+    assert proxy.seen and all(buckets[1] in request.path for request in proxy.seen)
+
+
 def test_what_is_wrong_is_told_when_the_run_is_opened(place: Place, proxy: FaultProxy) -> None:
     """The bucket is missing, nobody answers, the scheme is unknown."""
     nobody = {**proxy.options, "endpoint_url": f"http://127.0.0.1:{free_port()}"}
@@ -255,6 +287,7 @@ def test_it_gets_the_environment_as_it_is_when_it_is_asked(
     options = {name: value for name, value in proxy.options.items() if name not in {"key", "secret"}}
     config = _on_s3(place, proxy, s3_server.new_bucket(), storage_options=options)
     start_early(config)
+    eventually(_is_prepared, "it has looked for credentials in the old one")
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", proxy.options["key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", proxy.options["secret"])
