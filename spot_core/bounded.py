@@ -46,7 +46,7 @@ def in_order(
     remaining, is_more = iter(operations), True
     coming: deque[tuple[Future[_T], _Slot]] = deque()
 
-    def maybegin() -> bool:
+    def may_begin() -> bool:
         """Takes a slot for the next one, unless a result is there to be used, or will be sooner."""
         if are_results_large:
             # Who holds slots for results does not wait for another: others may wait for those.
@@ -55,7 +55,7 @@ def in_order(
 
     try:
         while is_more or coming:
-            while is_more and maybegin():
+            while is_more and may_begin():
                 slot, operation = _Slot(slots), None
                 try:
                     operation = next(remaining, None)

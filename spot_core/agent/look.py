@@ -49,7 +49,6 @@ class EarlyLook:
     def __init__(self, remote: Tier) -> None:
         self._began = time.monotonic()
         self._answer: Future[Look] | None = begin(partial(_look_early, remote))
-        self._answer.add_done_callback(lambda _: prepare(remote))  # for the download, while the look is put to use
 
     def take(self) -> Look | None:
         """What was seen, once; None if it failed, is old or takes long: the next look tells what is the matter."""
@@ -60,6 +59,7 @@ class EarlyLook:
 
 
 def _look_early(remote: Tier) -> Look:
+    prepare(remote)  # or wait until that is done: of two that begin at once each would make clients
     look = look_at(remote)
     with contextlib.suppress(CorruptCheckpointError, FileNotFoundError):  # told when it is to be restored
         for name in look.recent.names[:1]:
