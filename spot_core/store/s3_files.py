@@ -112,16 +112,18 @@ class S3Files:
     ) -> tuple[blake3, str, list[dict[str, Any]]]:
         """Returns the digest of what was sent, the ETag that the whole will have, and how the store names its parts."""
         digest, sums = blake3(), b""
-        sum_of = _reported if self._refuses_altered(which["Key"]) else _own_sum
+        is_summed_there = self._refuses_altered(which["Key"])
         is_over = threading.Event()
         free: list[bytearray] = []  # new memory costs the system more than sending what is in it
 
-        def put(number: int, body: bytearray) -> tuple[dict[str, Any], bytes, bytearray]:
+        def put(number: int, body: bytearray) -> tuple[dict[str, Any], bytes, int]:
             what = {**which, "PartNumber": number, "Body": body}
             etag = self._request("upload_part", itemgetter("ETag"), is_wanted=lambda: not is_over.is_set(), **what)
-            return {"PartNumber": number, "ETag": etag}, sum_of(body, etag), body
+            md5, count = _reported(etag) if is_summed_there else _md5(body), len(body)
+            free.append(body)  # not given to who waits for the parts in order: while the first is slow all others come
+            return {"PartNumber": number, "ETag": etag}, md5, count
 
-        def puts(file: FileIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, bytearray]]]:
+        def puts(file: FileIO) -> Iterator[Callable[[], tuple[dict[str, Any], bytes, int]]]:
             for number in range(1, -(-size // part_bytes) + 1):
                 yield partial(put, number, _read_part(file, digest, free.pop() if free else bytearray(part_bytes)))
 
@@ -131,11 +133,10 @@ class S3Files:
                 open(source, "rb", buffering=0) as file,
                 contextlib.closing(in_order(puts(file), self._slots, are_results_large=False)) as sent,
             ):
-                for part, md5, body in sent:
+                for part, md5, count in sent:
                     parts.append(part)
                     sums += md5
-                    on_bytes(len(body))
-                    free.append(body)
+                    on_bytes(count)
         finally:
             # What is on its way after a failure is not waited for: before an announced end something else may have to
             # be uploaded.
@@ -227,11 +228,7 @@ def _md5(data: bytes | bytearray) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
-def _own_sum(body: bytearray, _: str) -> bytes:
-    return _md5(body)
-
-
-def _reported(_: bytearray, etag: str) -> bytes:
+def _reported(etag: str) -> bytes:
     """The sum that the store has made of a part; what is none fits no ETag of the whole."""
     with contextlib.suppress(ValueError):
         return bytes.fromhex(etag.strip('"'))

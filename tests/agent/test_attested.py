@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -250,3 +252,27 @@ def test_over_tls_it_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with TlsS3Server(tmp_path) as server:
         tier = FsspecTier(f"s3://{server.new_bucket()}/run", server.options)
         assert tier.upload(make_source(tmp_path, LARGE), PATH, lambda _: None) is not None
+
+
+def test_while_one_part_is_slow_the_others_take_no_more_memory(
+    remote: FsspecTier, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: dict[int, bytearray] = {}
+    read = s3_files._read_part
+
+    def noted(*args: Any) -> bytearray:
+        body = read(*args)
+        bodies[id(body)] = body
+        return body
+
+    monkeypatch.setattr(s3_files, "_read_part", noted)
+
+    def is_first(request: Request) -> bool:
+        is_part_1 = re.search(r"partNumber=1(?![0-9])", request.path) is not None
+        return is_upload(request) and is_part_1 and not is_attempt(request)
+
+    proxy.chooses = lambda request: Fault(delay_s=8.0) if is_first(request) else None
+    source = make_source(tmp_path, 2 * s3_files.PARALLEL_PARTS * PART_BYTES)
+    attested = remote.upload(source, PATH, lambda _: None)
+    assert attested is not None and attested.digest == digest_file(source).digest
+    assert proxy.fired and len(bodies) <= s3_files.PARALLEL_PARTS

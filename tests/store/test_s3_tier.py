@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,12 +39,6 @@ def test_a_refusal_is_denied_and_not_empty(code: str, tmp_path: Path) -> None:
         ):
             with pytest.raises(TierDeniedError):
                 operation()
-
-
-@pytest.fixture
-def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture(params=[False, True], ids=["not known to refuse", "known to refuse"])
