@@ -19,8 +19,17 @@ class MovingWeights(pl.Callback):
                 before.fill_(-1.0)
 
 
+class Patient(pl.Callback):
+    """Has each checkpoint written before the optimizer steps again, so that every boundary finds the writer free."""
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+        for protected in filter(None, (getattr(each, "protected", None) for each in trainer.callbacks)):
+            protected._session._checkpoints.wait()
+
+
 OTHERS: dict[str, Callable[[], Any]] = {
     "moving weights": MovingWeights,
+    "patient": Patient,
     "unfreezing": lambda: pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
     "average": lambda: pl.callbacks.WeightAveraging(),
     "moving average": lambda: pl.callbacks.EMAWeightAveraging(decay=0.9),

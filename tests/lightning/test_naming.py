@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -141,9 +140,11 @@ def test_nothing_is_assumed_of_a_module_that_makes_its_part_itself() -> None:
 # -- in real training, 10 steps an epoch; a callback moves every trained weight at the end of step 7 ----------
 
 
-@pytest.mark.parametrize("dies", ["step:8", "step:9", "step:15"])
-def test_a_checkpoint_of_weights_that_were_moved_is_not_written_and_the_next_one_is(dies: str, tmp_path: Path) -> None:
-    spec = JobSpec(folder=str(tmp_path / "job"), others=["moving weights"], trainer={"max_epochs": 2})
+@pytest.mark.parametrize(("dies", "newest"), [("step:8", 6), ("step:9", 8), ("step:15", 14)])
+def test_a_checkpoint_of_weights_that_were_moved_is_not_written_and_the_next_one_is(
+    dies: str, newest: int, tmp_path: Path
+) -> None:
+    spec = JobSpec(folder=str(tmp_path / "job"), others=["moving weights", "patient"], trainer={"max_epochs": 2})
     reference = uninterrupted(spec, tmp_path / "reference")
     killed = live(dataclasses.replace(spec, dies=dies))
     assert killed.exit_code == -signal.SIGKILL
@@ -151,21 +152,20 @@ def test_a_checkpoint_of_weights_that_were_moved_is_not_written_and_the_next_one
     assert killed.log.count("not written") == 1
     resumed = live_to_the_end(spec)[-1]
     assert_same_training(spec, reference)
-    found = re.search(r"resume: step (\d+)", resumed.log)
-    assert found is not None and int(found[1]) >= {"step:8": 6, "step:9": 8, "step:15": 12}[dies]
+    assert f"resume: step {newest} from the local tier" in resumed.log
 
 
 def test_it_is_made_up_for_at_once(tmp_path: Path) -> None:
     spec = JobSpec(
         folder=str(tmp_path / "job"),
-        others=["moving weights"],
+        others=["moving weights", "patient"],
         trainer={"max_epochs": 2},
         interval_s=None,
         options={"interval_steps": 4},
     )
     killed = live(dataclasses.replace(spec, dies="step:11"))
     assert "checkpoint of step 8 not written (ChangedStateError" in killed.log
-    assert {name.step for name in catalog.names(local_of(spec))} & {9, 10}, killed.log
+    assert 9 in {name.step for name in catalog.names(local_of(spec))}, killed.log
 
 
 def test_the_last_checkpoint_before_a_preemption_is_certain(tmp_path: Path) -> None:
