@@ -56,7 +56,7 @@ def live_weights(model: torch.nn.Module) -> LiveWeights:
     """The tensors to checkpoint. Raises ConfigError, naming them, if a trained tensor would not be in any file."""
     files = dict(_adapters(model)) if is_peft(model) else {WEIGHTS: _untied(model)}
     stored = {tensor.data_ptr() for file in files.values() for tensor in file.values()}
-    parameters = dict(model.named_parameters())
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     missing = [name for name, p in parameters.items() if p.requires_grad and p.data_ptr() not in stored]
     if missing:
         raise ConfigError(
@@ -64,7 +64,7 @@ def live_weights(model: torch.nn.Module) -> LiveWeights:
             f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. A resume would lose them. With PEFT, list "
             "their modules in modules_to_save."
         )
-    alive = {p.data_ptr() for p in parameters.values()} | {b.data_ptr() for b in model.buffers()}
+    alive = {tensor.data_ptr() for tensor in (*parameters.values(), *buffers.values())}
     copies = [key for file in files.values() for key, t in file.items() if t.numel() and t.data_ptr() not in alive]
     if copies:
         raise ConfigError(
@@ -72,12 +72,12 @@ def live_weights(model: torch.nn.Module) -> LiveWeights:
             f"{', '.join(copies[:5])}. Such a model cannot be snapshotted while it trains."
         )
     persistent = model.state_dict().keys()
-    buffers = {
+    elsewhere = {
         name: buffer
-        for name, buffer in model.named_buffers()
+        for name, buffer in buffers.items()
         if name in persistent and buffer.numel() and buffer.data_ptr() not in stored
     }
-    return LiveWeights(files, frozenset(b.data_ptr() for b in model.buffers()), buffers)
+    return LiveWeights(files, frozenset(buffer.data_ptr() for buffer in buffers.values()), elsewhere)
 
 
 def _adapters(model: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
