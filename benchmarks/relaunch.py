@@ -2,7 +2,8 @@
 
     python benchmarks/relaunch.py --trainer hf|lightning --size lora|full|tiny|all [--repeat 3] [--json FILE]
 
-Each start is a process of its own, and the ways to start take turns in an order that rotates. Reported are medians:
+Each start is a process of its own, and the ways to start take turns in an order drawn for each round. Reported are
+medians:
 - / plain: from the start of the process, over that without the callback in the same round. Imports and the model are
   most of it, and the same for all;
 - from call: from the call of `train` or `fit`, which leaves them out;
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -67,8 +69,9 @@ def measure(trainer: str, size: str, folder: Path, endpoint: str | None, *, repe
         starts = Starts(trainer, size, folder, (server.options, server.new_bucket()))
         stored = starts.store()
         ways = [way for way in starts.ways() if way.name == PLAIN or not only or way.name in only]
-        for turn in range(repeat):
-            for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+        drawn = random.Random(0)
+        for _ in range(repeat):
+            for way in drawn.sample(ways, len(ways)):
                 times[way.name].append(starts.measure(way))
     plain = times[PLAIN]
     return Result(size, trainer, stored, repeat, [_row(way.name, times[way.name], plain) for way in ways])

@@ -23,6 +23,7 @@ from lightning_spot.namespaces import is_a, loaded
 from lightning_spot.protected_fit import ProtectedFit
 from lightning_spot.signals import FitSignals
 from lightning_spot.state import begin_epoch, read_native, read_own_state
+from spot_core.collector import without_collection
 from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint
 from spot_core.report.log import make_visible
@@ -120,6 +121,7 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
     loop, connector = trainer.fit_loop, trainer._checkpoint_connector
     is_opened = False
 
+    @without_collection()
     def resume_start(original: Callable[..., None], path: Any = None, *args: Any, **kwargs: Any) -> None:
         nonlocal is_opened
         if is_opened:

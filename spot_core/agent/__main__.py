@@ -31,6 +31,7 @@ from spot_core.agent.lives import Life
 from spot_core.agent.look import EarlyLook, prepare
 from spot_core.agent.process import Agent
 from spot_core.cadence.hazard import Evidence
+from spot_core.collector import without_collection
 from spot_core.errors import ConfigError, SpotError, shown
 from spot_core.notice.instance import Instance, read_instance
 from spot_core.notice.rebalance import RebalanceHint
@@ -87,8 +88,9 @@ def main() -> int:
     memory.give_back_at_once()
     stamina.instrumentation.set_on_retry_hooks(())  # what passes is told by who retries, in the words of this project
     with _events() as stream:
-        for scheme in sys.argv[1:]:
-            preload(scheme)
+        with without_collection():
+            for scheme in sys.argv[1:]:
+                preload(scheme)
         relay = _EventHandler(stream)
         logging.getLogger("spot_core").addHandler(relay)
         try:
