@@ -18,6 +18,11 @@ import torch
 from spot_core.errors import CorruptCheckpointError
 from spot_core.snapshot.loading import load_inert, load_plain
 
+MAPS = Path("/proc/self/maps")
+by_both = pytest.mark.parametrize(
+    "load", [load_plain, lambda path: load_inert(path, inert_keys=())], ids=["plain", "inert"]
+)
+
 
 @dataclasses.dataclass
 class Settings:
@@ -62,6 +67,17 @@ def test_nothing_that_the_file_names_is_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell what is mapped")
+@by_both
+def test_what_is_loaded_holds_nothing_of_the_file(load: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"moments": torch.ones(1 << 20)}, path)
+    loaded = load(path)
+    path.unlink()  # pruned: its space must come back while the optimizer still has its state
+    assert str(path) not in MAPS.read_text()
+    assert torch.equal(loaded["moments"], torch.ones(1 << 20))
+
+
 def test_other_types_are_left_out_where_they_are_not_needed_and_refused_elsewhere(tmp_path: Path) -> None:
     torch.save({"hyper": {"settings": Settings(Path("a"))}, "w": torch.ones(1)}, tmp_path / "a.pt")
     assert "w" in load_inert(tmp_path / "a.pt", inert_keys={"hyper"})
@@ -101,7 +117,7 @@ LIES: dict[str, Callable[[Path], bytes]] = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("load", [load_plain, lambda path: load_inert(path, inert_keys=())], ids=["plain", "inert"])
+@by_both
 def test_a_file_that_lies_is_refused_by_name_with_what_to_do(
     load: Callable[[Path], Any], lie: str, tmp_path: Path
 ) -> None:

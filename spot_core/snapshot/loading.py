@@ -81,9 +81,9 @@ def load_inert(path: Path, *, inert_keys: Collection[str]) -> dict[str, Any]:
     try:
         if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise TypeError("it is a TorchScript archive, which holds code")
-        tree = _dictionary(
-            torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=harmless),
-        )
+        # Read, not mapped: the optimizer would copy page after page of a mapping in its first step, which takes longer,
+        # and its state would keep the space of a pruned checkpoint taken for as long as training lasts.
+        tree = _dictionary(torch.load(path, map_location="cpu", weights_only=False, pickle_module=harmless))
     except Exception as error:
         raise _unreadable(path, error) from error
     for key, value in tree.items():
