@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from spot_core.agent import opening
-from spot_core.agent.opening import Opened
 from spot_core.errors import TierError
 from spot_core.store import catalog, layout, resume
-from spot_core.store.identity import RunIdentity, read_run
+from spot_core.store.identity import read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
@@ -22,21 +21,14 @@ from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.invariants import assert_run_invariants
 from tests.agent.draining import ONE, TWO, drain_all, make_drain
 from tests.faultproxy import LOST_REPLY, SLOW_DOWN, UNREACHABLE, Fault, FaultProxy
+from tests.opening import open_run
 from tests.servers import S3Server
-
-IDENTITY = RunIdentity("testing", {"batch": 4})
 
 
 @pytest.fixture
 def distant(s3_server: S3Server, proxy: FaultProxy) -> FsspecTier:
     """The remote tier through the bad network."""
     return FsspecTier(f"s3://{s3_server.new_bucket()}/team/run", {**proxy.options, "skip_instance_cache": True})
-
-
-def open_run(local: PosixTier, remote: FsspecTier) -> Opened:
-    return opening.open_run(
-        local, remote, IDENTITY, is_resumed=True, started=1.0, timeout_s=60.0, on_progress=lambda *_: None
-    )
 
 
 def plain(distant: FsspecTier, s3_server: S3Server) -> FsspecTier:

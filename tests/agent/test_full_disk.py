@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stamina
 
-from spot_core.agent import local_run, opening
+from spot_core.agent import local_run
 from spot_core.agent.journal import AgentStatus, Journal, Progress
-from spot_core.agent.opening import Opened
 from spot_core.errors import ConfigError, TierError
 from spot_core.report.cli import main
 from spot_core.report.draining import open_drain
 from spot_core.store import catalog, identity, layout, resume, retention
-from spot_core.store.identity import RunIdentity
 from spot_core.store.layout import CheckpointName
 from spot_core.store.overflow import PLACE, Overflow
 from spot_core.store.posix import PosixTier
@@ -32,9 +29,9 @@ from tests.agent.place import Place
 from tests.agent.processes import eventually, wait_for_end
 from tests.agent.test_local_run import OneLife
 from tests.disk import fill, mounted
+from tests.opening import IDENTITY, open_run
 
 LARGE = 200_000
-IDENTITY = RunIdentity("testing", {"batch": 4})
 NEXT = CheckpointName(2, 50)
 
 
@@ -165,13 +162,6 @@ def test_a_checkpoint_deleted_while_it_is_verified_is_not_called_damaged(
 # -- opening ---------------------------------------------------------------------------------------------------
 
 
-def open_run(local: PosixTier, remote: PosixTier) -> Opened:
-    with stamina.set_testing(True, attempts=4):
-        return opening.open_run(
-            local, remote, IDENTITY, is_resumed=True, started=1.0, timeout_s=60.0, on_progress=lambda *_: None
-        )
-
-
 def overflow_of(remote: PosixTier) -> Overflow:
     stored = identity.read_run(remote)
     assert stored is not None
@@ -179,7 +169,7 @@ def overflow_of(remote: PosixTier) -> Overflow:
 
 
 @pytest.fixture
-def small(disk: Path, remote: PosixTier) -> PosixTier:
+def small(disk: Path, remote: PosixTier, without_waiting: None) -> PosixTier:
     """The local tier, on a small disk, after a life whose one checkpoint is on the remote only."""
     tier = PosixTier(disk / "run")
     identity.create_run(tier, remote, IDENTITY, 0.0)
@@ -240,15 +230,7 @@ def test_a_restore_that_fits_nowhere_says_what_is_needed_and_downloads_nothing(
     fill(disk / "someone else's file", leave_bytes=40_000)
     plan = FaultPlan()
     with pytest.raises(ConfigError) as caught:
-        opening.open_run(
-            small,
-            FaultyTier(remote, plan),
-            IDENTITY,
-            is_resumed=True,
-            started=1.0,
-            timeout_s=60.0,
-            on_progress=lambda *_: None,
-        )
+        open_run(small, FaultyTier(remote, plan))
     assert f"checkpoint {ONE} of {remote.url} cannot be restored: no room in {small.url}: 0.2 MB needed" in str(
         caught.value
     )

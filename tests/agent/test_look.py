@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spot_core.agent import look, opening
+from spot_core.agent import look
 from spot_core.agent.look import EarlyLook
 from spot_core.agent.opening import Opened
 from spot_core.errors import ConfigError, TierError
@@ -20,9 +20,9 @@ from spot_core.store.remote import FsspecTier
 from spot_core.store.tier import Tier
 from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.faults import Fault, FaultPlan, FaultyTier
+from tests.opening import open_run
 from tests.servers import S3Server
 
-IDENTITY = RunIdentity("testing", {"batch": 4})
 ONE, TWO, THREE = (CheckpointName(1, step) for step in (10, 20, 30))
 
 
@@ -38,21 +38,6 @@ def remote(memory_path: Path) -> PosixTier:
     open_run(elsewhere, tier)
     commit_checkpoint(tier, ONE)
     return tier
-
-
-def open_run(
-    local: PosixTier, remote: Tier, early: EarlyLook | None = None, *, identity: RunIdentity = IDENTITY
-) -> Opened:
-    return opening.open_run(
-        local,
-        remote,
-        identity,
-        is_resumed=True,
-        started=1.0,
-        timeout_s=60.0,
-        on_progress=lambda *_: None,
-        early=early,
-    )
 
 
 def seen(remote: Tier) -> EarlyLook:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import pytest
-import stamina
 
 from spot_core.agent import opening
 from spot_core.agent.lives import Life
@@ -22,20 +20,15 @@ from spot_core.store.identity import RunIdentity, read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.remote import FsspecTier
-from spot_core.store.tier import Tier
 from spot_core.testing.checkpoints import commit_checkpoint
 from spot_core.testing.faults import Fault, FaultPlan, FaultyPosixTier, FaultyTier, SimulatedCrash
 from spot_core.testing.invariants import assert_run_invariants
+from tests.opening import IDENTITY, open_run
 from tests.servers import OverwritingS3Server
 
-IDENTITY = RunIdentity("testing", {"batch": 4})
 ONE, TWO = CheckpointName(1, 10), CheckpointName(1, 20)
 
-
-@pytest.fixture(autouse=True)
-def without_waiting() -> Iterator[None]:
-    with stamina.set_testing(True, attempts=4):
-        yield
+pytestmark = pytest.mark.usefixtures("without_waiting")
 
 
 @pytest.fixture
@@ -46,18 +39,6 @@ def local(memory_path: Path) -> PosixTier:
 @pytest.fixture
 def remote(memory_path: Path) -> PosixTier:
     return PosixTier(memory_path / "remote")
-
-
-def open_run(local: PosixTier, remote: Tier, *, identity: RunIdentity = IDENTITY, is_resumed: bool = True) -> Opened:
-    return opening.open_run(
-        local,
-        remote,
-        identity,
-        is_resumed=is_resumed,
-        started=1.0,
-        timeout_s=60.0,
-        on_progress=lambda *_: None,
-    )
 
 
 def test_the_first_life_of_a_run_starts_afresh(local: PosixTier, remote: PosixTier) -> None:

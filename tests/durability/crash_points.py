@@ -22,25 +22,24 @@ from typing import Any
 
 from spot_core.agent import opening
 from spot_core.agent.drain import Drain
+from spot_core.agent.opening import Opened
 from spot_core.report import prune
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import repair
 from spot_core.report.restore import restore
 from spot_core.store import catalog
-from spot_core.store.identity import RunIdentity, read_run
+from spot_core.store.identity import read_run
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
+from tests.opening import open_run
 from tests.store.commit_crashes import Killer
 
-IDENTITY = RunIdentity("testing", {"batch": 4})
 NOW = 1e9  # long after the last sign of life of any run here
 
 
-def open_run(local: PosixTier, remote: Tier) -> opening.Opened:
-    """The start of a life: resume, claim, sweep."""
-    opened = opening.open_run(
-        local, remote, IDENTITY, is_resumed=True, started=1.0, timeout_s=60.0, on_progress=lambda *_: None
-    )
+def start_life(local: PosixTier, remote: Tier) -> Opened:
+    """Resume, claim, sweep."""
+    opened = open_run(local, remote)
     if opened.incarnation is not None:
         opening.sweep_remote(remote, opened.incarnation)
     return opened
@@ -84,7 +83,7 @@ Action = Callable[[PosixTier, Tier], object]
 ACTIONS: dict[str, Action] = {
     action.__name__: action
     for action in (
-        open_run,
+        start_life,
         drain,
         prune_by_hand,
         repair_remote,

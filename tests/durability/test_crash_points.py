@@ -34,11 +34,11 @@ from tests.durability.crash_points import (
     ACTIONS,
     drain,
     mark_complete,
-    open_run,
     prune_by_hand,
     repair_local,
     repair_remote,
     restore_elsewhere,
+    start_life,
 )
 from tests.durability.scale import IS_DEEP, times
 from tests.servers import S3Server
@@ -71,7 +71,7 @@ def nothing_yet(local: PosixTier, remote: Tier) -> None:
 
 def a_backlog(local: PosixTier, remote: Tier) -> None:
     """One durable checkpoint, three that wait: the last pins the second, and training ended there."""
-    open_run(local, remote)
+    start_life(local, remote)
     commit_checkpoint(local, ONE)
     drain(local, remote)
     for name, pins in ((TWO, None), (THREE, None), (FOUR, TWO)):
@@ -81,7 +81,7 @@ def a_backlog(local: PosixTier, remote: Tier) -> None:
 
 def much_to_prune(local: PosixTier, remote: Tier) -> None:
     """Four checkpoints on both tiers, of which the last pins the second; training also ended at the third."""
-    open_run(local, remote)
+    start_life(local, remote)
     for name, pins in ((ONE, None), (TWO, None), (THREE, None), (FOUR, TWO)):
         commit_checkpoint(local, name, pins=pins)
         _copy(local, remote, name)
@@ -112,7 +112,7 @@ def damage_on(is_remote: bool) -> Callable[[PosixTier, Tier], None]:
 
 
 def an_unmarked_end(local: PosixTier, remote: Tier) -> None:
-    open_run(local, remote)
+    start_life(local, remote)
     commit_checkpoint(local, FOUR)
 
 
@@ -141,8 +141,8 @@ class Case:
 
 
 CASES = {
-    "the first claim": Case(open_run, nothing_yet, newest=None),
-    "resume": Case(open_run, a_damaged_local_copy, is_damaged=True),
+    "the first claim": Case(start_life, nothing_yet, newest=None),
+    "resume": Case(start_life, a_damaged_local_copy, is_damaged=True),
     "drain": Case(drain, a_backlog),
     "spot prune": Case(prune_by_hand, much_to_prune),
     "spot repair of the remote": Case(repair_remote, damage_on(is_remote=True), is_damaged=True),
@@ -157,12 +157,12 @@ def judge(case: Case, local: PosixTier, remote: Tier) -> None:
     damaged = {(tier.url, name) for tier in (local, remote) for name in (TWO, THREE, FOUR) if case.is_damaged}
     assert_run_invariants(local, remote, damaged=damaged)
     if case.newest is None:
-        open_run(local, remote)
-        commit_checkpoint(local, CheckpointName(open_run(local, remote).incarnation or 0, 10))
+        start_life(local, remote)
+        commit_checkpoint(local, CheckpointName(start_life(local, remote).incarnation or 0, 10))
     else:
         assert_resumes(local, remote, case.newest)
         is_restored = (local.root.parent / "restored" / "checkpoint-40").exists()
-        if case.action is not open_run and not is_restored:
+        if case.action is not start_life and not is_restored:
             case.action(local, remote)
         _check_result(case, local, remote)
     _live_on(local, remote)
@@ -193,12 +193,12 @@ def _check_result(case: Case, local: PosixTier, remote: Tier) -> None:
 def _live_on(local: PosixTier, remote: Tier) -> None:
     """More lives on this instance, also of a run that had ended: of the dead one, life 1 or 2, nothing is left."""
     for _ in range(3):
-        opened = open_run(local, remote)
+        opened = start_life(local, remote)
         if opened.incarnation is None:
             assert opened.restored is not None
             for tier in (local, remote):
                 tier.delete([layout.completion(opened.restored.manifest.name)])
-            opened = open_run(local, remote)
+            opened = start_life(local, remote)
         number = opened.incarnation
         assert number is not None
         assert_swept(local, before_incarnation=number)

@@ -29,7 +29,7 @@ from spot_core.report import cli, prune
 from spot_core.report.places import StoredRun
 from spot_core.report.repair import repair
 from spot_core.store import catalog, layout
-from spot_core.store.identity import RunIdentity, read_run
+from spot_core.store.identity import read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.signing import UNSIGNED, Signing
@@ -37,10 +37,10 @@ from spot_core.testing.checkpoints import RUN, commit_checkpoint
 from tests.durability.fuzzed_loads import LOADS, originals
 from tests.durability.mutations import damage_bytes, damage_record
 from tests.durability.scale import times
+from tests.opening import IDENTITY, open_run
 from tests.trees import tree
 
 OLD, NEW = CheckpointName(1, 10), CheckpointName(1, 20)
-IDENTITY = RunIdentity("testing", {"batch": 4})
 KEY = "the key of this run"
 NOW = 1e9
 
@@ -76,15 +76,7 @@ class Fuzzed:
     sound: dict[str, bytes | None]
 
     def open(self) -> opening.Opened:
-        return opening.open_run(
-            self.local,
-            self.remote,
-            IDENTITY,
-            is_resumed=True,
-            started=NOW,
-            timeout_s=10.0,
-            on_progress=lambda *_: None,
-        )
+        return open_run(self.local, self.remote, started=NOW)
 
     def content(self, name: CheckpointName) -> dict[str, bytes | None]:
         """The files of a checkpoint as they are on the local tier."""
@@ -103,9 +95,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     safetensors, torch_file = (originals(folder, folder / "marker")[load.__name__][0] for load in LOADS[:2])
     for kind, signing in (("unsigned", UNSIGNED), ("signed", Signing(RUN, (KEY,)))):
         local, remote = (PosixTier(folder / kind / part / RUN, signing) for part in ("nvme", "bucket"))
-        opening.open_run(
-            local, remote, IDENTITY, is_resumed=True, started=1.0, timeout_s=1.0, on_progress=lambda *_: None
-        )
+        open_run(local, remote)
         for name, pins in ((OLD, None), (NEW, OLD)):
             native = f"checkpoint-{name.step}"
             files = {f"{native}/model.safetensors": safetensors, f"{native}/optimizer.pt": torch_file, "s.json": b"{}"}

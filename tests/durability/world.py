@@ -23,18 +23,18 @@ from spot_core.agent.opening import Opened
 from spot_core.errors import CorruptCheckpointError, SpotError
 from spot_core.report.places import StoredRun
 from spot_core.store import catalog, incarnation, layout, retention
-from spot_core.store.identity import RunIdentity, read_run
+from spot_core.store.identity import read_run
 from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
 from spot_core.testing.checkpoints import RUN, commit_checkpoint, content_of
 from spot_core.testing.faults import Fault, FaultPlan, FaultyPosixTier, FaultyTier
 from spot_core.testing.invariants import Copy, assert_resumes, assert_run_invariants, assert_swept
+from tests.opening import IDENTITY, open_run
 from tests.trees import tree
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = RunIdentity("testing", {"batch": 4})
 NEIGHBOUR = f"{RUN}2"
 
 
@@ -108,9 +108,7 @@ class World:
         """A new life on an instance. Raises what opening raises."""
         self.acting = local
         tiers = FaultyPosixTier(local.root, plan), FaultyTier(self.remote, plan)
-        opened = opening.open_run(
-            *tiers, IDENTITY, is_resumed=True, started=self.clock, timeout_s=60.0, on_progress=lambda *_: None
-        )
+        opened = open_run(*tiers, started=self.clock)
         number = opened.incarnation
         if number is None:
             assert opened.restored is not None and opened.restored.manifest.name in catalog.completions(self.remote) | (

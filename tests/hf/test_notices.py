@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from spot_core.agent import lives
 from spot_core.store import catalog, resume
 from tests.hf.job import JobSpec
 from tests.lives.announcer import LEAD_S, SOURCES, announcer
@@ -24,6 +25,7 @@ from tests.lives.lives import (
     assert_same_training,
     begun,
     final,
+    first_ended,
     left_step,
     live,
     lose_instance,
@@ -70,9 +72,7 @@ def test_a_notice_is_trained_through_and_costs_no_step(
     assert left - seen >= 0.8 * (deadline - seen - takes_s), "it trained on for most of what a last checkpoint left"
     step = left_step(result.log)
     assert catalog.names(remote_of(spec))[0].step == step
-    wait_for(lambda: json.loads(remote_of(spec).read("lives/000001.json"))["outcome"] == "preempted")
-    record = json.loads(remote_of(spec).read("lives/000001.json"))
-    assert record["step"] == step, "not one step more was made than is durable"
+    assert first_ended(spec, lives.PREEMPTED)["step"] == step, "not one step more was made than is durable"
     following = live(quiet(spec))
     assert f"resume: step {step}" in following.log
     assert_same_training(spec, reference)

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from spot_core.agent import lives
 from spot_core.store import catalog
 from tests.hf.job import JobSpec
 from tests.lives.lives import (
     assert_same_training,
     begun,
     final,
+    first_ended,
     live,
     live_through_random_kills,
     live_to_the_end,
@@ -121,6 +123,7 @@ def test_all_ranks_are_told_why_a_run_cannot_be_opened(spec: JobSpec) -> None:
 
 def test_another_number_of_ranks_is_refused_and_nothing_is_lost(spec: JobSpec) -> None:
     live(dataclasses.replace(spec, dies="step:8"))
+    first_ended(spec, lives.DIED)  # until then it drains and prunes
     stored = catalog.names(remote_of(spec))
     alone = live(dataclasses.replace(spec, ranks=1))
     assert alone.exit_code == 1 and "world size" in alone.log

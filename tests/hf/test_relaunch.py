@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spot_core.agent import lives
 from spot_core.store import catalog
 from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
@@ -19,6 +20,7 @@ from tests.lives.lives import (
     Life,
     assert_same_training,
     final,
+    first_ended,
     live,
     live_through_random_kills,
     live_to_the_end,
@@ -166,7 +168,7 @@ def test_sigterm_commits_the_step_and_exits_75(spec: JobSpec, tmp_path: Path) ->
     result = live(dataclasses.replace(spec, dies="term:17", interval_s=1000.0))
     assert result.exit_code == 75, result.log[-3000:]
     assert catalog.names(remote_of(spec))[0].step == 18, "the step in which the signal came is durable on the remote"
-    wait_for(lambda: json.loads(remote_of(spec).read("lives/000001.json"))["outcome"] == "preempted")
+    first_ended(spec, lives.PREEMPTED)
     following = live(spec)
     assert "resume: step 18" in following.log
     assert_same_training(spec, reference)

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from spot_core.errors import ConfigError
-from spot_core.store import catalog
+from spot_core.store import catalog, layout
 from spot_core.store.posix import PosixTier
 from tests.lives.job import LifeSpec
 
@@ -194,6 +194,18 @@ def begun(spec: LifeSpec, *, steps: int = 30) -> Life:
     life = Life(spec)
     wait_for(lambda: any(name.step >= steps for name in catalog.names(remote_of(spec))))
     return life
+
+
+def first_ended(spec: LifeSpec, outcome: str) -> dict[str, Any]:
+    """The record of the first life, once its agent has drained all and told that this is how it ended."""
+    record: dict[str, Any] = {}
+
+    def has_ended() -> bool:
+        record.update(json.loads(remote_of(spec).read(layout.life(1))))
+        return bool(record["outcome"] == outcome)
+
+    wait_for(has_ended)
+    return record
 
 
 def left_step(log: str) -> int:
