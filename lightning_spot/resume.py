@@ -121,7 +121,6 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
     loop, connector = trainer.fit_loop, trainer._checkpoint_connector
     is_opened = False
 
-    @without_collection()
     def resume_start(original: Callable[..., None], path: Any = None, *args: Any, **kwargs: Any) -> None:
         nonlocal is_opened
         if is_opened:
@@ -167,6 +166,7 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
             delattr(owner, name)
 
 
+@without_collection()
 def _load(protected: ProtectedFit, trainer: Any, point: ResumePoint, original: Callable[..., None]) -> None:
     """Have Lightning load the native file, and complete what it read before anything is restored from it."""
     own = read_own_state(point.folder, trainer)
