@@ -14,7 +14,6 @@ import torch
 
 from spot_core.agent import lives
 from spot_core.store import catalog
-from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
 from tests.lives.lives import (
     Life,
@@ -24,6 +23,7 @@ from tests.lives.lives import (
     live,
     live_through_random_kills,
     live_to_the_end,
+    local_of,
     lose_instance,
     remote_of,
     uninterrupted,
@@ -40,10 +40,6 @@ BEST = {
     "metric_for_best_model": "loss",
     "greater_is_better": True,  # the worst loss is "best": that of an early step
 }
-
-
-def local_of(spec: JobSpec) -> PosixTier:
-    return PosixTier(f"{spec.folder}/local/job")
 
 
 @pytest.fixture

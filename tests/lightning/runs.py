@@ -8,21 +8,17 @@ import torch
 
 from spot_core.store import layout
 from spot_core.store.layout import CheckpointName
-from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
 from tests.lives.lives import (
     final,
     live,
+    local_of,
     remote_of,
     seen,
 )
 
 # Never better than at first: stops at the validation that follows `patience` others.
 NEVER_BETTER = {"monitor": "val_loss", "patience": 3, "min_delta": 100.0}
-
-
-def local_of(spec: JobSpec) -> PosixTier:
-    return PosixTier(f"{spec.folder}/local/job")
 
 
 def ends_of(spec: JobSpec) -> list[set[CheckpointName]]:

@@ -17,8 +17,8 @@ from lightning_spot.naming import Naming
 from lightning_spot.weights import FrozenBase
 from spot_core.store import catalog
 from tests.lightning.job import JobSpec
-from tests.lightning.runs import assert_trains_nothing_more, local_of
-from tests.lives.lives import assert_same_training, left_step, live, live_to_the_end, uninterrupted
+from tests.lightning.runs import assert_trains_nothing_more
+from tests.lives.lives import assert_same_training, left_step, live, live_to_the_end, local_of, uninterrupted
 
 
 class Training:

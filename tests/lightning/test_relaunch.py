@@ -15,7 +15,7 @@ import torch
 from spot_core.store import catalog
 from tests.lightning.job import JobSpec
 from tests.lightning.modules import KINDS
-from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_seen, local_of
+from tests.lightning.runs import NEVER_BETTER, assert_trains_nothing_more, ends_of, forget_seen
 from tests.lives.lives import (
     Life,
     assert_same_training,
@@ -23,6 +23,7 @@ from tests.lives.lives import (
     live,
     live_through_random_kills,
     live_to_the_end,
+    local_of,
     lose_instance,
     remote_of,
     seen,

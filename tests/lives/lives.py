@@ -189,6 +189,11 @@ def remote_of(spec: LifeSpec) -> PosixTier:
     return PosixTier(f"{spec.folder}/remote/job")
 
 
+def local_of(spec: LifeSpec) -> PosixTier:
+    """The run's local tier, for what has not lost its instance."""
+    return PosixTier(f"{spec.folder}/local/job")
+
+
 def begun(spec: LifeSpec, *, steps: int = 30) -> Life:
     """A life whose checkpoint of a step after `steps` is durable."""
     life = Life(spec)
