@@ -12,9 +12,8 @@ import pytest
 from hf_spot import SpotCallback
 from spot_core.errors import ConfigError
 from spot_core.store import catalog
-from spot_core.store.posix import PosixTier
 from tests.hf.job import JobSpec
-from tests.lives.lives import PLACES, assert_agent_is_early, live, wait_for
+from tests.lives.lives import PLACES, assert_agent_is_early, live, local_of, wait_for
 from tests.servers import nothing_listens
 
 
@@ -105,7 +104,7 @@ def test_another_run_in_the_same_place_is_refused(case: str, spec: JobSpec) -> N
 
 def test_checkpoint_damaged_by_hand_is_reported_and_the_older_one_used(spec: JobSpec) -> None:
     started_run(spec)
-    newest, older = catalog.names(PosixTier(f"{spec.folder}/local/job"))[:2]
+    newest, older = catalog.names(local_of(spec))[:2]
     for tier in ("local", "remote"):
         for weights in Path(spec.folder, tier, "job", "checkpoints", str(newest)).rglob("adapter_model.safetensors"):
             damaged = bytearray(weights.read_bytes())

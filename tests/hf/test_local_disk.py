@@ -23,7 +23,7 @@ from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from tests.disk import fill, mounted
 from tests.hf.job import JobSpec
-from tests.lives.lives import Life, LifeResult, assert_same_training, live, uninterrupted, wait_for
+from tests.lives.lives import Life, LifeResult, assert_same_training, live, local_of, remote_of, uninterrupted, wait_for
 
 STEPS = 120
 REFUSED, REMOVED = "not written (", "was removed or emptied during training"
@@ -44,7 +44,7 @@ def _spec(folder: Path) -> JobSpec:
 def _begun(spec: JobSpec, local: PosixTier) -> Life:
     """A life that has committed and drained."""
     life = Life(spec)
-    wait_for(lambda: catalog.names(local) and catalog.names(PosixTier(f"{spec.folder}/remote/job")))
+    wait_for(lambda: catalog.names(local) and catalog.names(remote_of(spec)))
     return life
 
 
@@ -56,7 +56,7 @@ def _assert_ended_well(result: LifeResult, spec: JobSpec, reference: JobSpec, *,
 
 
 def _assert_drained(spec: JobSpec) -> None:
-    remote = PosixTier(f"{spec.folder}/remote/job")
+    remote = remote_of(spec)
     name = catalog.names(remote)[0]
     assert name.step == STEPS
     resume.verify(remote, catalog.read_manifest(remote, name))
@@ -68,7 +68,7 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
     """Checkpoints go to the remote through memory, and to the disk again as soon as it has room."""
     with mounted(tmp_path / "small", "size=600k") as disk:
         spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
-        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        local, remote = PosixTier(disk / "job"), remote_of(spec)
         life = _begun(spec, local)
         fill(disk / "someone else's file")
         wait_for(lambda: PAST_THE_DISK in life.log)
@@ -89,7 +89,7 @@ def test_a_life_trains_through_a_full_disk(tmp_path: Path, reference: JobSpec) -
 def test_a_disk_that_stays_full_costs_no_checkpoint(tmp_path: Path, reference: JobSpec) -> None:
     with mounted(tmp_path / "small", "size=600k") as disk:
         spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
-        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        local, remote = PosixTier(disk / "job"), remote_of(spec)
         life = _begun(spec, local)
         fill(disk / "someone else's file")
         result = life.result()
@@ -131,7 +131,7 @@ def test_kills_while_checkpoints_pass_by_a_full_disk(kills: str, tmp_path: Path,
     """Whatever is killed, the next life continues from the newest checkpoint, wherever it is, and memory is freed."""
     with mounted(tmp_path / "small", "size=600k") as disk:
         spec = dataclasses.replace(_spec(tmp_path), options={"local": str(disk)})
-        local, remote = PosixTier(disk / "job"), PosixTier(f"{spec.folder}/remote/job")
+        local, remote = PosixTier(disk / "job"), remote_of(spec)
         life = _begun(spec, local)
         fill(disk / "someone else's file", leave_bytes=30_000)
         wait_for(lambda: PAST_THE_DISK in life.log)
@@ -179,7 +179,7 @@ def _status(spec: JobSpec, local: Path) -> LocalView:
 
 
 def _overflow(spec: JobSpec) -> Path:
-    remote = PosixTier(f"{spec.folder}/remote/job")
+    remote = remote_of(spec)
     stored = identity.read_run(remote)
     assert stored is not None
     folder = Overflow.of(remote, stored["run_id"]).folder
@@ -216,7 +216,7 @@ def _failures(said: AgentStatus | Progress | None) -> int:
 
 def test_a_life_whose_local_folder_is_removed_makes_it_again(tmp_path: Path, reference: JobSpec) -> None:
     spec = _spec(tmp_path)
-    local, remote = PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+    local, remote = local_of(spec), remote_of(spec)
     life = _begun(spec, local)
     _remove(local.root)
     wait_for(lambda: REMOVED in life.log)
@@ -234,7 +234,7 @@ def test_a_life_whose_local_folder_is_removed_makes_it_again(tmp_path: Path, ref
 
 def test_a_life_whose_local_folder_stays_unusable_goes_on_without_it(tmp_path: Path, reference: JobSpec) -> None:
     spec = _spec(tmp_path)
-    local, remote = PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+    local, remote = local_of(spec), remote_of(spec)
     life = _begun(spec, local)
     _take_away(local.root.parent)
     result = life.result()
@@ -248,7 +248,7 @@ def test_a_life_whose_local_folder_stays_unusable_goes_on_without_it(tmp_path: P
 
 def test_a_life_whose_local_folder_and_memory_are_unusable_ends_and_says_so(tmp_path: Path, reference: JobSpec) -> None:
     spec = dataclasses.replace(_spec(tmp_path), has_overflow=False)
-    local, remote = PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+    local, remote = local_of(spec), remote_of(spec)
     life = _begun(spec, local)
     _take_away(local.root.parent)
     result = life.result()

@@ -30,6 +30,7 @@ from tests.lives.lives import (
     final,
     live,
     live_to_the_end,
+    local_of,
     uninterrupted,
     wait_for,
 )
@@ -210,7 +211,7 @@ def test_the_agent_loads_while_the_model_is_read_and_ends_where_that_fails(
 def test_trained_tensors_that_the_module_leaves_out_are_refused_by_name(spec: JobSpec) -> None:
     with pytest.raises(ConfigError, match=r"1 trained tensors are not part .*: network\.1\.weight\..*lose them"):
         fit(spec, Forgetful)
-    assert catalog.names(PosixTier(f"{spec.folder}/local/job")) == []
+    assert catalog.names(local_of(spec)) == []
 
 
 # -- places that cannot be used ------------------------------------------------------------------------------

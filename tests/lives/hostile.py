@@ -16,7 +16,7 @@ from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import digest_file
 from tests.lives.job import LifeSpec
-from tests.lives.lives import live, wait_for
+from tests.lives.lives import live, local_of, remote_of, wait_for
 
 
 class Command:
@@ -53,7 +53,7 @@ def begin(spec: LifeSpec) -> None:
 
 def tiers_of(spec: LifeSpec) -> tuple[PosixTier, PosixTier]:
     """As a stranger sees them, who has no key."""
-    return PosixTier(f"{spec.folder}/local/job"), PosixTier(f"{spec.folder}/remote/job")
+    return local_of(spec), remote_of(spec)
 
 
 def newest_of(spec: LifeSpec) -> CheckpointName:
