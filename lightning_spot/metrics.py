@@ -74,7 +74,8 @@ def of_module(module: torch.nn.Module) -> dict[str, Any]:
     torchmetrics = sys.modules.get("torchmetrics")
     if torchmetrics is None:
         return {}
-    return {name: each for name, each in module.named_modules() if isinstance(each, torchmetrics.Metric)}
+    # isinstance would ask each subclass of that abstract class about each class of the model, and keep the answers.
+    return {name: each for name, each in module.named_modules() if torchmetrics.Metric in type(each).__mro__}
 
 
 def _on(device: torch.device, value: Any) -> Any:

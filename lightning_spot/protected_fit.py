@@ -21,7 +21,6 @@ from lightning_spot.namespaces import is_own
 from lightning_spot.opening import open_fit
 from lightning_spot.state import BeforeFetch, LiveState, Position, first_batch, restore_buffers
 from lightning_spot.weights import FrozenBase
-from spot_core.collector import without_collection
 from spot_core.config import SpotConfig
 from spot_core.data.loaders import LoaderPositions
 from spot_core.errors import ConfigError, CorruptCheckpointError
@@ -97,8 +96,7 @@ class ProtectedFit:
                 "training_step takes dataloader_iter, so only the module knows how much it has read: SpotCallback "
                 "cannot resume it exactly and refuses to start. Take batch and batch_idx."
             )
-        with without_collection():
-            live = LiveState(trainer, self._base, own["absent"] if own is not None else ())
+        live = LiveState(trainer, self._base, own["absent"] if own is not None else ())
         if own is not None:
             self._check_data(own)
             assert session.resume is not None

@@ -23,7 +23,6 @@ from lightning_spot.namespaces import is_a, loaded
 from lightning_spot.protected_fit import ProtectedFit
 from lightning_spot.signals import FitSignals
 from lightning_spot.state import begin_epoch, read_native, read_own_state
-from spot_core.collector import without_collection
 from spot_core.errors import ConfigError, Preempted
 from spot_core.handover import ResumePoint
 from spot_core.report.log import make_visible
@@ -166,7 +165,6 @@ def _seams(protected: ProtectedFit, trainer: Any, wanted: Any) -> Iterator[None]
             delattr(owner, name)
 
 
-@without_collection()
 def _load(protected: ProtectedFit, trainer: Any, point: ResumePoint, original: Callable[..., None]) -> None:
     """Have Lightning load the native file, and complete what it read before anything is restored from it."""
     own = read_own_state(point.folder, trainer)

@@ -12,10 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Package -> what it may import of this project, besides itself.
-BELOW = {f"spot_core.{module}" for module in ("bounded", "collector", "config", "environment", "errors", "keys")}
+BELOW = {f"spot_core.{module}" for module in ("bounded", "config", "environment", "errors", "keys")}
 ALLOWED: dict[str, set[str]] = {
     "spot_core.bounded": set(),
-    "spot_core.collector": set(),
     "spot_core.errors": set(),
     "spot_core.keys": {"spot_core.errors"},
     "spot_core.environment": {"spot_core.errors"},
@@ -84,7 +83,6 @@ def test_every_package_has_a_layer() -> None:
         "spot_core.__init__",
         "spot_core.bounded",
         "spot_core.checkpointing",
-        "spot_core.collector",
         "spot_core.config",
         "spot_core.emergency",
         "spot_core.environment",

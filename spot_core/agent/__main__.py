@@ -7,6 +7,7 @@ come on standard input, never in arguments or the environment: they hold storage
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import logging.handlers
@@ -31,7 +32,6 @@ from spot_core.agent.lives import Life
 from spot_core.agent.look import EarlyLook, prepare
 from spot_core.agent.process import Agent
 from spot_core.cadence.hazard import Evidence
-from spot_core.collector import without_collection
 from spot_core.errors import ConfigError, SpotError, shown
 from spot_core.notice.instance import Instance, read_instance
 from spot_core.notice.rebalance import RebalanceHint
@@ -88,9 +88,10 @@ def main() -> int:
     memory.give_back_at_once()
     stamina.instrumentation.set_on_retry_hooks(())  # what passes is told by who retries, in the words of this project
     with _events() as stream:
-        with without_collection():
-            for scheme in sys.argv[1:]:
-                preload(scheme)
+        gc.disable()  # what is loaded is there to stay
+        for scheme in sys.argv[1:]:
+            preload(scheme)
+        gc.enable()
         relay = _EventHandler(stream)
         logging.getLogger("spot_core").addHandler(relay)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +35,6 @@ class Tokens(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self.before_read()
-        assert gc.isenabled()  # in a worker that was forked while it was held back it would stay off
         row = self.rows[index].clone()
         if self.is_augmented:
             row[1:] = torch.where(torch.rand(LENGTH - 1) < 0.3, 121, row[1:])
