@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stamina
 from hypothesis import settings
 
 from spot_core.store.overflow import PLACE, Overflow
@@ -30,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if S3_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.s3)
+
+
+@pytest.fixture
+def without_waiting() -> Iterator[None]:
+    """What is retried is so at once, three times."""
+    with stamina.set_testing(True, attempts=4):
+        yield
 
 
 @pytest.fixture(scope="session")

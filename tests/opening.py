@@ -5,7 +5,8 @@ from __future__ import annotations
 from spot_core.agent import opening
 from spot_core.agent.look import EarlyLook
 from spot_core.agent.opening import Opened
-from spot_core.store.identity import RunIdentity
+from spot_core.store.identity import RunIdentity, read_run
+from spot_core.store.overflow import Overflow
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
 
@@ -32,3 +33,10 @@ def open_run(
         on_progress=lambda *_: None,
         early=early,
     )
+
+
+def overflow_of(remote: Tier) -> Overflow:
+    """Where the lives of the run on this remote pass a full disk by."""
+    stored = read_run(remote)
+    assert stored is not None
+    return Overflow.of(remote, stored["run_id"])

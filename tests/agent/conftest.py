@@ -1,4 +1,4 @@
-"""The remote of a run whose first life has begun, and retries that come at once."""
+"""The remote of a run whose first life has begun, and a small disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stamina
 
 from spot_core.store import incarnation
 from spot_core.store.posix import PosixTier
+from tests.disk import mounted
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def remote(tmp_path: Path, local: PosixTier) -> PosixTier:
 
 
 @pytest.fixture
-def without_waiting() -> Iterator[None]:
-    """What is retried is so at once, three times."""
-    with stamina.set_testing(True, attempts=4):
-        yield
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk for the local folder."""
+    with mounted(tmp_path / "small", "size=1m") as folder:
+        yield folder

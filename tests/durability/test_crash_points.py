@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import stamina
 
 from spot_core.report import verify
 from spot_core.report.places import StoredRun
@@ -47,13 +46,7 @@ ONE, TWO, THREE, FOUR = (CheckpointName(1, step) for step in (10, 20, 30, 40))
 FILE = "checkpoint-40/model.bin"
 
 Tally = Callable[[str, object], None]
-pytestmark = pytest.mark.timeout(3_600)
-
-
-@pytest.fixture(autouse=True)
-def without_waiting() -> Iterator[None]:
-    with stamina.set_testing(True, attempts=4):
-        yield
+pytestmark = [pytest.mark.timeout(3_600), pytest.mark.usefixtures("without_waiting")]
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import stamina
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +48,7 @@ LOADED = times(90, 900)
 # Commands that only look, on either tier.
 LOOKS = [["ls"], ["ls", "--json"], ["status"], ["status", "--json"], ["verify"], ["verify", "--json"]]
 
-pytestmark = pytest.mark.timeout(3_600)
+pytestmark = [pytest.mark.timeout(3_600), pytest.mark.usefixtures("without_waiting")]
 # A seed is a seed: a smaller one is no simpler.
 FUZZ = {
     "deadline": None,
@@ -60,11 +59,9 @@ FUZZ = {
 
 
 @pytest.fixture(autouse=True)
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SPOT_")]:
         monkeypatch.delenv(name)
-    with stamina.set_testing(True, attempts=2):
-        yield
 
 
 @dataclass(frozen=True)
