@@ -257,7 +257,7 @@ class S3:
         return [upload["UploadId"] for upload in self._uploads(self._key(path))]
 
     def abort_upload(self, path: str, upload_id: str) -> None:
-        """Forget an upload in parts."""
+        """Forget an upload in parts; it may have ended already."""
         self._abort(self._key(path), upload_id)
 
     def complete_upload(self, path: str, upload_id: str) -> None:
@@ -291,7 +291,11 @@ class S3:
 
     def _abort(self, key: str, upload_id: str) -> None:
         which = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
-        self.call(lambda: self._fs.call_s3("abort_multipart_upload", **which))
+        try:
+            self.call(lambda: self._fs.call_s3("abort_multipart_upload", **which))
+        except FileNotFoundError as error:
+            if code_of(error) != "NoSuchUpload":  # who began it has ended it meanwhile, or the first reply was lost
+                raise
 
     def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
         marks: dict[str, str] = {}

@@ -10,9 +10,11 @@ import contextlib
 import logging
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -28,7 +30,7 @@ from spot_core.store.layout import CheckpointName
 from spot_core.store.posix import PosixTier
 from spot_core.store.tier import Tier
 from spot_core.testing.checkpoints import RUN, commit_checkpoint, content_of
-from spot_core.testing.faults import Fault, FaultPlan, FaultyPosixTier, FaultyTier
+from spot_core.testing.faults import FaultPlan, FaultyPosixTier, FaultyTier
 from spot_core.testing.invariants import Copy, assert_resumes, assert_run_invariants, assert_swept
 from tests.opening import IDENTITY, open_run
 from tests.trees import tree
@@ -36,6 +38,8 @@ from tests.trees import tree
 logger = logging.getLogger(__name__)
 
 NEIGHBOUR = f"{RUN}2"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +65,21 @@ class LivingJob:
 
 
 class Interrupted(FaultPlan):
-    """No fault, but something else happens right before the nth operation."""
+    """No fault, but something else happens right before the nth operation. All others wait until it has: of a claim
+    that another thread makes meanwhile nobody could tell which came first."""
 
     def __init__(self, nth: int, action: Callable[[], None]) -> None:
         super().__init__()
-        self._left, self._action = nth, action
+        self._left, self._action, self._turn = nth, action, threading.RLock()
 
-    def choose(self, tier: str, operation: str, path: str) -> Fault | None:
-        self._left -= 1
-        if self._left == 0:
-            self._action()
-        return super().choose(tier, operation, path)
+    def run(
+        self, tier: str, operation: str, path: str, action: Callable[[], _T], midway: Callable[[], None] | None = None
+    ) -> _T:
+        with self._turn:
+            self._left -= 1
+            if self._left == 0:
+                self._action()
+            return super().run(tier, operation, path, action, midway)
 
 
 class World:
