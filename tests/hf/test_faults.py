@@ -7,7 +7,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,20 +15,16 @@ import pytest
 
 from spot_core.store import catalog, resume
 from spot_core.store.posix import PosixTier
+from tests.disk import mounted
 from tests.hf.job import JobSpec
-from tests.lives.lives import Life, assert_same_training, live, lose_instance, uninterrupted, wait_for
+from tests.lives.lives import Life, assert_same_training, live, lose_instance, remote_of, uninterrupted, wait_for
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that holds a few checkpoints of the test job and no more."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=420k", "none", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "small", "size=420k") as folder:
+        yield folder
 
 
 def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> None:
@@ -59,7 +54,7 @@ def test_full_disk_does_not_stop_training(small_disk: Path, tmp_path: Path) -> N
 
 def test_remote_that_goes_away_is_told_once_and_drained_when_it_is_back(tmp_path: Path) -> None:
     spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 25})
-    remote = PosixTier(f"{spec.folder}/remote/job")
+    remote = remote_of(spec)
     life = Life(spec)
     wait_for(lambda: len(catalog.names(remote)) > 0)
     away = remote.root.with_name("away")
@@ -76,7 +71,7 @@ def test_remote_that_goes_away_is_told_once_and_drained_when_it_is_back(tmp_path
 
 def test_agent_that_dies_is_started_again(tmp_path: Path) -> None:
     spec = JobSpec(folder=str(tmp_path / "job"), arguments={"num_train_epochs": 12})
-    remote = PosixTier(f"{spec.folder}/remote/job")
+    remote = remote_of(spec)
     life = Life(spec)
     wait_for(lambda: len(catalog.names(remote)) > 0)
     (agent,) = (child for child in psutil.Process(life.pid).children() if "spot_core.agent" in child.cmdline())
@@ -88,15 +83,8 @@ def test_agent_that_dies_is_started_again(tmp_path: Path) -> None:
 
 
 def test_remote_that_may_not_be_written_is_refused_at_start(tmp_path: Path) -> None:
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a read-only file system needs root")
-    try:
+    with mounted(tmp_path / "read-only", "ro") as folder:
         result = live(JobSpec(folder=str(tmp_path / "job"), options={"remote": f"{folder}/job"}))
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
     assert result.exit_code == 1
     assert "refuses: " in result.log
     assert "Read-only file system" in result.log

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from spot_core.store import catalog, layout
-from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
-from tests.lives.lives import live
+from tests.lives.lives import live, local_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDER = ROOT / ".venv" / "lightning-2.5"
@@ -96,7 +95,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         spec = JobSpec(folder=str(tmp_path_factory.mktemp(kind)), kind=kind, trainer={"max_epochs": 2})
         for where in ("step:8", "step:15"):
             assert live(dataclasses.replace(spec, dies=where)).exit_code == -signal.SIGKILL
-        tier = PosixTier(f"{spec.folder}/local/job")
+        tier = local_of(spec)
         newest = catalog.names(tier)[0]
         natives.append(str(tier.path(layout.checkpoint(newest)) / catalog.read_manifest(tier, newest).native))
     return natives

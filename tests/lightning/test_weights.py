@@ -15,9 +15,8 @@ from lightning_spot.weights import FrozenBase
 from spot_core.errors import ConfigError
 from spot_core.store import catalog
 from spot_core.store.manifest import Manifest
-from spot_core.store.posix import PosixTier
 from tests.lightning.job import JobSpec
-from tests.lives.lives import assert_same_training, final, live, live_to_the_end, uninterrupted
+from tests.lives.lives import assert_same_training, final, live, live_to_the_end, local_of, uninterrupted
 
 EVALUATED = {"limit_val_batches": 1.0, "val_check_interval": 3}
 FULL = {"trainable_only": False}
@@ -57,7 +56,7 @@ def test_killed_and_relaunched_ends_bit_equal(cell: str, tmp_path: Path) -> None
 
 def newest(spec: JobSpec) -> tuple[Manifest, dict[str, Any]]:
     """The newest commit's manifest, and its native checkpoint."""
-    tier = PosixTier(f"{spec.folder}/local/job")
+    tier = local_of(spec)
     name = catalog.names(tier)[0]
     manifest = catalog.read_manifest(tier, name)
     native = Path(spec.folder, "local/job/checkpoints", str(name), manifest.native)

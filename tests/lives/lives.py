@@ -158,7 +158,7 @@ def live_through_random_kills(spec: LifeSpec, *, seed: int, kills: int, longest_
 
     kills: at most, each at a random moment of `longest_s` seconds. Then the job must finish.
     """
-    local, remote = Path(spec.folder, "local/job"), PosixTier(f"{spec.folder}/remote/job")
+    local, remote = local_of(spec), remote_of(spec)
     rng = random.Random(seed)
     killed = 0
     for number in range(kills):
@@ -168,7 +168,7 @@ def live_through_random_kills(spec: LifeSpec, *, seed: int, kills: int, longest_
         assert life.exit_code == -signal.SIGKILL, life.log[-3000:]
         killed += 1
         if number % 3 == 2 and catalog.names(remote):
-            lose_instance(local)
+            lose_instance(local.root)
     assert killed >= 2
     assert live(spec).exit_code == 0
 

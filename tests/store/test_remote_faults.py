@@ -221,10 +221,9 @@ def test_a_new_life_aborts_what_earlier_lives_of_this_run_left_and_nothing_else(
 def test_an_upload_that_has_ended_already_keeps_no_other_from_being_aborted(
     tier: FsspecTier, proxy: FaultProxy
 ) -> None:
-    bucket, _, root = tier.url.removeprefix("s3://").partition("/")
+    assert tier.bucket is not None
     for name in ("a", "b"):
-        key = f"{root}/{layout.checkpoint(CheckpointName(2, 10))}/{name}"
-        tier._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        tier.bucket.begin_upload(f"{layout.checkpoint(CheckpointName(2, 10))}/{name}")
     first(proxy, 1, LOST_REPLY, lambda request: request.method == "DELETE")
     assert tier.sweep_uploads(before_incarnation=3) == 2
     assert len(proxy.fired) == 1 and uploads_of(tier) == []
